@@ -1,0 +1,54 @@
+# Each target makes the virtual environment first if it is missing; nothing else has to be installed by hand.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   := runs/demo
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test test-slow test-postgres test-gpu lint zoo check-large clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## make the virtual environment
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,postgres,dashboard]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## search the demo zoo, then print the front with its test scores
+	$(BIN)/evomerge search zoo/demo.yaml
+	$(BIN)/evomerge front $(DEMO) --split test
+	$(BIN)/evomerge status $(DEMO)
+
+test: $(STAMP) lint  ## the tests that must pass everywhere (under 10 minutes on two cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+test-slow: $(STAMP)  ## the long proofs
+	$(BIN)/python -m pytest -m slow tests
+
+test-postgres: $(STAMP)  ## against a PostgreSQL server: EVOMERGE_TEST_POSTGRES=postgresql+psycopg://user@host/db
+	$(BIN)/python -m pytest -m postgres tests
+
+test-gpu: $(STAMP)  ## on a machine with CUDA
+	$(BIN)/python -m pytest -m gpu tests
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+zoo: $(STAMP)  ## train the demo zoo again, from nothing
+	$(BIN)/python -m zoo.data
+	$(BIN)/python -m zoo.train
+
+check-large: $(STAMP)  ## the same commands on a 125M-parameter random Llama (base and 3 experts, sharded bf16)
+	$(BIN)/python benchmarks/check_large.py
+
+clean:  ## remove the virtual environment and all studies
+	rm -rf $(VENV) $(filter-out runs/README.md,$(wildcard runs/*))
