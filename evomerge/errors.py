@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ConfigError(EvomergeError):
         self.args = (message, hint, self.problems)
 
     @classmethod
-    def of(cls, problems: Iterable[Problem], subject: str = "configuration") -> ConfigError:
+    def of(cls, problems: Iterable[Problem], subject: str = "configuration") -> Self:
         """Builds the error whose message is the list of `problems`; they must not be empty."""
         found = tuple(problems)
         if not found:

@@ -14,6 +14,8 @@ from evomerge.errors import ConfigError, EnvironmentProblem
 
 @pytest.fixture(autouse=True)
 def clean_registry() -> Iterator[None]:
+    for name in registry.names("methods"):
+        registry.get("methods", name)  # a module is imported once: its entry must be put back
     before = {kind: dict(table) for kind, table in registry._entries.items()}
     yield
     for kind, table in registry._entries.items():
