@@ -1,0 +1,231 @@
+"""The command line: thin commands over the package. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from evomerge.output import Format, emit, emit_one
+
+if TYPE_CHECKING:
+    from evomerge.study import Study
+
+app = typer.Typer(
+    name="evomerge",
+    help="A search engine for model merges: one YAML file in, a Pareto front of merged models out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    epilog="Examples:\n\n  evomerge search zoo/demo.yaml\n\n  evomerge front runs/demo --split test",
+    pretty_exceptions_enable=False,
+)
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+StudyArg = Annotated[str, typer.Argument(help="A study file, or a mergekit-evolve genome file.")]
+Where = Annotated[str, typer.Argument(help="A study file, or a study's folder such as runs/demo.")]
+Fmt = Annotated[Format, typer.Option("-f", "--format", help="How to print data.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-o", "--override", help="key=value, as in -o budget.evaluations=20.")
+]
+TaskCode = Annotated[
+    bool, typer.Option("--allow-task-code", help="Let local lm-eval task files run their own Python code.")
+]
+Storage = Annotated[str | None, typer.Option(help="Database URL, instead of the study's own.")]
+StudyName = Annotated[str | None, typer.Option(help="The study's name in that database.")]
+Inline = Annotated[bool, typer.Option("--inline", help="Evaluate in this process (debugging).")]
+Verbose = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback()
+def _top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if debug:
+        os.environ["EVOMERGE_DEBUG"] = "1"
+
+
+@app.command(epilog=_examples("evomerge check zoo/demo.yaml", "evomerge check study.yaml -o budget.hours=8 -f json"))
+def check(
+    study: StudyArg, override: Overrides = None, allow_task_code: TaskCode = False, fmt: Fmt = Format.table
+) -> None:
+    """Find everything that is wrong with a study before it costs anything."""
+    from evomerge.config import load_study_file
+    from evomerge.prepare import prepare
+    from evomerge.study import Study
+
+    overrides = tuple(override or ())
+    config = load_study_file(study, overrides, allow_task_code=allow_task_code)
+    prepared = prepare(config, overrides)
+    if Study.exists(config.storage, config.name):
+        Study.load(config.storage, config.name).require_identity(prepared.header.identity)
+    _notes(config.notes)
+    emit_one(prepared.summary, fmt)
+
+
+@app.command(epilog=_examples("evomerge search zoo/demo.yaml", "evomerge search study.yaml -o workers=4 --resume must"))
+def search(
+    study: StudyArg,
+    override: Overrides = None,
+    storage: Storage = None,
+    study_name: StudyName = None,
+    resume: Annotated[str, typer.Option(help="auto, must (only continue) or never (only start).")] = "auto",
+    inline: Inline = False,
+    quiet: Verbose = False,
+    allow_task_code: TaskCode = False,
+) -> None:
+    """Search, or continue a search that was interrupted: the same command does both."""
+    from evomerge.commands import run_search
+
+    if resume not in ("auto", "must", "never"):
+        raise typer.BadParameter(f"{resume!r} is not auto, must or never", param_hint="--resume")
+    extra = [f"storage={storage}"] if storage else []
+    extra += [f"name={study_name}"] if study_name else []
+    overrides = (*(override or ()), *extra)
+    code = run_search(study, overrides, resume=resume, inline=inline, quiet=quiet, allow_task_code=allow_task_code)
+    raise typer.Exit(code)
+
+
+@app.command(epilog=_examples("evomerge status runs/demo", "evomerge status study.yaml -f json"))
+def status(study: Where, storage: Storage = None, study_name: StudyName = None, fmt: Fmt = Format.table) -> None:
+    """How far a study is; safe while it runs."""
+    from evomerge.commands import status_of
+
+    emit_one(status_of(open_record(study, storage, study_name)), fmt)
+
+
+@app.command(epilog=_examples("evomerge front runs/demo", "evomerge front runs/demo --split test -f csv > front.csv"))
+def front(
+    study: Where,
+    split: Annotated[str, typer.Option(help="search, validation or test; what is not stored is scored.")] = "search",
+    all_: Annotated[bool, typer.Option("--all", help="All candidates, not only the front.")] = False,
+    storage: Storage = None,
+    study_name: StudyName = None,
+    inline: Inline = False,
+    fmt: Fmt = Format.table,
+) -> None:
+    """The non-dominated candidates with their scores and 95 % intervals.
+
+    The front is always that of the search split. A score on the test split is computed once and stored.
+    """
+    from evomerge.commands import front_rows
+
+    if split not in ("search", "validation", "test"):
+        raise typer.BadParameter(f"{split!r} is not search, validation or test", param_hint="--split")
+    emit(front_rows(open_record(study, storage, study_name), split, everything=all_, inline=inline), fmt)
+
+
+@app.command(
+    name="eval",
+    epilog=_examples(
+        "evomerge eval recipe.yaml zoo/demo.yaml", "evomerge eval merged/ zoo/demo.yaml --split validation -f json"
+    ),
+)
+def eval_(
+    recipe: Annotated[str, typer.Argument(help="A recipe, or a checkpoint folder.")],
+    study: Annotated[str, typer.Argument(help="A study file: its objectives are used.")],
+    split: Annotated[str, typer.Option(help="search, validation or test.")] = "search",
+    override: Overrides = None,
+    allow_task_code: TaskCode = False,
+    fmt: Fmt = Format.table,
+) -> None:
+    """Score one recipe or checkpoint on a study's objectives; nothing is recorded."""
+    from evomerge.commands import evaluate
+
+    overrides = tuple(override or ())
+    emit(evaluate(recipe, study, split, overrides, allow_task_code=allow_task_code), fmt)
+
+
+@app.command(epilog=_examples("evomerge merge recipe.yaml merged/", "evomerge merge mergekit.yml merged/ --shard-gb 2"))
+def merge(
+    recipe: Annotated[str, typer.Argument(help="A recipe, in evomerge's or mergekit's form.")],
+    out: Annotated[str, typer.Argument(help="Folder to make.")],
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+    shard_gb: Annotated[float, typer.Option(min=0.000001, help="Largest weight file, in GB.")] = 5.0,
+) -> None:
+    """Write a recipe's merged model as a Hugging Face checkpoint."""
+    from evomerge.commands import read_recipe
+    from evomerge.export import merge as write
+
+    print(write(read_recipe(recipe), out, device=device, shard_bytes=max(1, int(shard_gb * 1e9))))
+
+
+@app.command(
+    epilog=_examples(
+        "evomerge export runs/demo best/", "evomerge export runs/demo point-42/ --candidate 42 --no-weights"
+    )
+)
+def export(
+    study: Where,
+    out: Annotated[str, typer.Argument(help="Folder to make.")],
+    candidate: Annotated[int | None, typer.Option(help="Its number; default: the front's best on validation.")] = None,
+    weights: Annotated[bool, typer.Option(help="Write the checkpoint too.")] = True,
+    storage: Storage = None,
+    study_name: StudyName = None,
+    inline: Inline = False,
+) -> None:
+    """Write a candidate for others: checkpoint, recipe in both forms, model card with scores per split."""
+    from evomerge.commands import export_candidate
+
+    record = open_record(study, storage, study_name)
+    print(export_candidate(record, out, candidate, weights=weights, inline=inline))
+
+
+@app.command(epilog=_examples("evomerge ls", "evomerge ls methods -f json"))
+def ls(
+    kind: Annotated[str | None, typer.Argument(help="methods, optimizers, objectives or spaces; default: all.")] = None,
+    fmt: Fmt = Format.table,
+) -> None:
+    """What there is: merge methods, optimizers, kinds and files of objectives, search spaces."""
+    from evomerge.commands import KINDS, catalogue
+
+    if kind is not None and kind not in KINDS:
+        raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="KIND")
+    emit(catalogue(kind), fmt)
+
+
+@app.command(epilog=_examples("evomerge cp task_arithmetic my_space.yaml", "evomerge cp demo study.yaml"))
+def cp(
+    name: Annotated[str, typer.Argument(help="A shipped search space or objective (see `evomerge ls`).")],
+    dest: Annotated[str, typer.Argument(help="File to write; must not exist.")],
+) -> None:
+    """Copy a shipped file to start from."""
+    from evomerge.commands import copy_shipped
+
+    print(copy_shipped(name, dest))
+
+
+def open_record(where: str, storage: str | None, name: str | None) -> Study:
+    """The study at a study file, a folder, or a database URL."""
+    from evomerge.commands import find_study
+
+    return find_study(where, storage, name)
+
+
+def _notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: runs a command and turns errors into one message and an exit code."""
+    from evomerge.errors import EvomergeError
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # evomerge reads local files only
+    try:
+        app(args, standalone_mode=True)
+    except EvomergeError as error:
+        if os.environ.get("EVOMERGE_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

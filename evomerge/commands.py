@@ -1,0 +1,302 @@
+"""What the commands do, apart from parsing their arguments."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evomerge import registry
+from evomerge.card import interval, model_card
+from evomerge.config import load_study_file, shipped_file, shipped_names
+from evomerge.errors import ConfigError, StorageError
+from evomerge.export import check_recipe_models
+from evomerge.export import export as write_export
+from evomerge.objectives import Scores
+from evomerge.pool import evaluate_safely, make_pool
+from evomerge.prepare import open_study, prepare, worker_spec
+from evomerge.progress import Progress
+from evomerge.recipe import Recipe
+from evomerge.rescore import front_of, score_split, splits_of, winner
+from evomerge.search import Budget, Event, Search
+from evomerge.storage import connect, sqlite_file
+from evomerge.study import Candidate, Study, study_names
+from evomerge.worker import Failed, Job, Worker, WorkerSpec
+
+KINDS = ("methods", "optimizers", "objectives", "spaces")
+
+
+def run_search(
+    path: str,
+    overrides: tuple[str, ...],
+    *,
+    resume: str,
+    inline: bool,
+    quiet: bool,
+    allow_task_code: bool,
+) -> int:
+    """Check, open or make the study, search, and return the exit code."""
+    config = load_study_file(path, overrides, allow_task_code=allow_task_code)
+    for note in config.notes:
+        say(f"note: {note}")
+    prepared = prepare(config, overrides)
+    study, existed = open_study(prepared, resume)
+    study.acquire()
+    hours = config.budget.hours
+    budget = Budget(config.budget.evaluations, hours * 3600 if hours else None)
+    done = [_as_event(c) for c in study.candidates() if c.state != "running"]
+    say(f"{'continuing' if existed else 'starting'} {config.name} ({len(done)} candidates done)")
+    if inline:
+        say("--inline: candidates run in this process; a crash in one ends the search (it can be continued)")
+    command = " ".join(["evomerge search", path, *(f"-o {o}" for o in overrides)])
+    stop = threading.Event()
+    try:
+        with (
+            _stop_on_signals(stop, command) as received,
+            Progress(study.header.objectives, budget, done, len(prepared.known), quiet) as progress,
+        ):
+            search = Search(
+                study=study,
+                space=prepared.space,
+                optimizer=prepared.make_optimizer(),
+                pool=make_pool(
+                    prepared.worker,
+                    local=config.workers.local,
+                    ray=config.workers.ray,
+                    address=config.workers.address,
+                    inline=inline,
+                ),
+                budget=budget,
+                known=prepared.known,
+                on_event=progress.event,
+                stop=stop,
+            )
+            try:
+                reason = search.run()
+            finally:
+                search.pool.close()
+    except StorageError as error:
+        raise StorageError(error.message, hint=f"what was recorded is safe; continue with: {command}") from error
+    study.release()
+    finished = [c for c in study.candidates() if c.state != "running"]
+    say(f"{len(finished)} candidates, {len(front_of(study, finished))} on the front")
+    if reason == "stopped":
+        say(f"stopped; continue with: {command}")
+        return 128 + (received[0] if received else signal.SIGINT)
+    return 0
+
+
+def status_of(study: Study) -> dict[str, Any]:
+    """Counts, best scores and the share of failures by reason."""
+    candidates = study.candidates()
+    states = Counter(c.state for c in candidates)
+    reasons = Counter(c.reason for c in candidates if c.state == "failed")
+    done = [c for c in candidates if c.values is not None]
+    status: dict[str, Any] = {
+        "study": study.name,
+        "candidates": len(candidates),
+        **{state: states.get(state, 0) for state in ("done", "running", "failed")},
+        "front": len(front_of(study, candidates)),
+    }
+    status["duplicates"] = sum("same_as" in c.attrs for c in candidates)
+    for reason, count in reasons.items():
+        status[f"failed: {reason}"] = count
+    for index, (name, up) in enumerate(study.header.objectives.items()):
+        if done:
+            best = (max if up else min)(done, key=lambda c: c.values[index] if c.values else 0.0)
+            assert best.values is not None
+            status[f"best {name}"] = f"{best.values[index]:.4f} (#{best.number})"
+    if done:
+        times = [c.attrs["t_merge_s"] + c.attrs["t_eval_s"] for c in done if "t_merge_s" in c.attrs]
+        status["median seconds per candidate"] = round(sorted(times)[len(times) // 2], 3) if times else None
+    return status
+
+
+def front_rows(study: Study, split: str, *, everything: bool, inline: bool) -> list[dict[str, Any]]:
+    """One row per front point (or candidate): number, label, value and interval per objective, genes."""
+    candidates = study.candidates()
+    chosen = [c for c in candidates if c.values] if everything else front_of(study, candidates)
+    scores = _scores(study, chosen, split, inline)
+    rows = []
+    for c in chosen:
+        row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
+        for name, score in scores[c.number].items():
+            row[name] = score.value
+            row[f"±{name}"] = 1.959964 * score.stderr
+        row["recipe"] = c.recipe.fingerprint[:12]
+        rows.append(row)
+    return rows
+
+
+def evaluate(
+    recipe: str, study: str, split: str, overrides: tuple[str, ...], *, allow_task_code: bool
+) -> list[dict[str, Any]]:
+    """Score a recipe, or the checkpoint in a folder, in this process."""
+    config = load_study_file(study, overrides, allow_task_code=allow_task_code)
+    spec = worker_spec(config)
+    if Path(recipe).is_dir():
+        read = Recipe.build("passthrough", None, {recipe: {}})
+        spec = WorkerSpec(recipe, (recipe,), spec.objectives, spec.device, spec.threads)
+    else:
+        read = read_recipe(recipe)
+        donor = check_recipe_models(read)
+        spec = WorkerSpec(donor.path, read.models, spec.objectives, spec.device, spec.threads, read.out_dtype)
+    worker = Worker(spec)
+    for objective in worker.objectives:
+        if split not in objective.splits:
+            raise ConfigError(f"the objective {objective.name} has no {split} split")
+    result = evaluate_safely(worker, Job(0, read, (split,)))
+    if isinstance(result, Failed):
+        raise ConfigError(f"the model cannot be scored ({result.reason}): {result.message}")
+    return [
+        {
+            "objective": name,
+            "split": split,
+            "value": score.value,
+            "stderr": score.stderr,
+            "items": len(score.items),
+            "shown": interval(score),
+        }
+        for name, score in result.scores[split].items()
+    ]
+
+
+def export_candidate(study: Study, out: str, number: int | None, *, weights: bool, inline: bool) -> Path:
+    """Export one candidate; its choice is settled before its test score is looked at."""
+    candidates = study.candidates()
+    if number is None:
+        chosen = winner(study, candidates, inline=inline)
+        say(f"candidate {chosen.number}: best of the front on the validation split")
+    else:
+        chosen = _numbered(study, candidates, number)
+    scores = {split: _scores(study, [chosen], split, inline)[chosen.number] for split in splits_of(study)}
+    lost = chosen.recipe.to_mergekit()[1]
+    return write_export(out, chosen.recipe, model_card(study, chosen, scores, lost), weights=weights)
+
+
+def catalogue(kind: str | None) -> list[dict[str, str]]:
+    """One row per thing that a study file can name."""
+    rows = []
+    for each in KINDS if kind is None else (kind,):
+        if each == "methods":
+            for name in registry.names("methods"):
+                method = registry.get("methods", name)
+                rows.append({"kind": "method", "name": name, "summary": method.summary, "source": method.source})
+        elif each == "spaces":
+            rows += [_shipped_row("space", "search_spaces", n) for n in shipped_names("search_spaces")]
+        else:
+            for name in registry.names(each):
+                made = registry.get(each, name)
+                summary = (made.__doc__ or "").strip().splitlines()[0] if made.__doc__ else ""
+                rows.append({"kind": each.removesuffix("s"), "name": name, "summary": summary, "source": ""})
+            if each == "objectives":
+                rows += [_shipped_row("objective file", each, n) for n in shipped_names(each)]
+    return rows
+
+
+def copy_shipped(name: str, dest: str) -> Path:
+    """Copy a shipped search space or objective to a new file."""
+    for kind in ("search_spaces", "objectives"):
+        source = shipped_file(kind, name)
+        if source is not None:
+            target = Path(dest)
+            if target.is_dir():
+                target = target / source.name
+            try:
+                with target.open("x", encoding="utf-8") as stream:
+                    stream.write(source.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(f"cannot write {target}: {error.strerror}") from None
+            return target
+    known = [*shipped_names("search_spaces"), *shipped_names("objectives")]
+    raise ConfigError(f"no shipped file {name!r}", hint=f"there are {', '.join(known)}")
+
+
+def read_recipe(path: str) -> Recipe:
+    """A recipe file.
+
+    Raises:
+        RecipeError: with every problem in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
+    return Recipe.from_yaml(text, path)
+
+
+def find_study(where: str, storage: str | None, name: str | None) -> Study:
+    """Open the study of a study file, of a folder with ledger.db, or of a database URL."""
+    path = Path(where)
+    if storage is None and path.is_dir():
+        storage = f"sqlite:///{path / 'ledger.db'}"
+    elif storage is None or name is None:
+        config = load_study_file(where)
+        storage, name = storage or config.storage, name or config.name
+    if name is None:
+        file = sqlite_file(storage)
+        names = study_names(connect(storage, create=False))
+        if len(names) != 1:
+            raise ConfigError(f"{file or storage} holds {len(names)} studies", hint="give --study-name")
+        name = names[0]
+    return Study.load(storage, name)
+
+
+def say(text: str) -> None:
+    """A message for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _scores(study: Study, chosen: list[Candidate], split: str, inline: bool) -> dict[int, dict[str, Scores]]:
+    return score_split(study, chosen, split, inline=inline)
+
+
+def _numbered(study: Study, candidates: list[Candidate], number: int) -> Candidate:
+    if not 0 <= number < len(candidates):
+        raise ConfigError(f"the study {study.name!r} has no candidate {number}")
+    chosen = candidates[number]
+    if chosen.values is None:
+        raise ConfigError(f"candidate {number} has no scores: {chosen.reason or chosen.state}")
+    return chosen
+
+
+def _shipped_row(kind: str, folder: str, name: str) -> dict[str, str]:
+    from evomerge.strict_yaml import load_yaml
+
+    path = shipped_file(folder, name)
+    assert path is not None
+    data = load_yaml(path.read_text(encoding="utf-8"), str(path)).data
+    summary = str(data.get("description", "")).strip().splitlines()
+    return {"kind": kind, "name": name, "summary": summary[0] if summary else "", "source": str(path)}
+
+
+def _as_event(c: Candidate) -> Event:
+    elapsed = float(c.attrs.get("elapsed_s", 0.0))
+    return Event(c.number, c.label, c.values, c.stderr, c.reason, c.attrs.get("same_as"), elapsed)
+
+
+@contextmanager
+def _stop_on_signals(stop: threading.Event, command: str) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM asks for a clean end, the second ends at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            say(f"stopped at once; continue with: {command}")
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+        say("stopping: waiting for the candidates in flight (again: stop at once)")
+        stop.set()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

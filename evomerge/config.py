@@ -1,0 +1,318 @@
+"""The study file that a person writes, checked completely: every problem at once, with file and line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from evomerge import registry
+from evomerge.errors import ConfigError, Problem
+from evomerge.objectives import ObjectiveSpec
+from evomerge.strict_yaml import Document, load_yaml
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Path_ = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+DEFAULT_EVALUATIONS = 100
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Budget(_Strict):
+    """When a search ends: after so many candidates or hours, whichever is first."""
+
+    evaluations: Annotated[int, Field(gt=0)] | None = None
+    hours: Annotated[float, Field(gt=0, strict=False)] | None = None
+
+
+class Workers(_Strict):
+    """Where candidates are evaluated.
+
+    `local` processes on this machine, or `ray` actors on a Ray cluster (`address`; absent: a local one).
+    """
+
+    local: Annotated[int, Field(gt=0, le=1024)] | None = None
+    ray: Annotated[int, Field(gt=0, le=4096)] | None = None
+    address: str | None = None
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    timeout_s: Annotated[float, Field(gt=0, strict=False)] = 3600.0
+
+
+class _StudyFile(_Strict):
+    """The keys of a study file. `space` and `objectives` are checked by the parts that know them."""
+
+    name: Name
+    base: Path_
+    experts: Annotated[dict[Name, Path_], Field(min_length=1)]
+    space: str | dict[str, Any]
+    objectives: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    optimizer: str | dict[str, Any] | None = None
+    budget: Budget = Budget()
+    storage: str | None = None
+    workers: Annotated[int, Field(gt=0, le=1024)] | Workers = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    known_recipes: bool = True
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study file with every name resolved to data; weights and tasks are not opened yet.
+
+    Attributes:
+        source: file name, for messages.
+        text: the file's text.
+        experts: name -> checkpoint folder, in order.
+        space: the space's specification, and where it came from.
+        optimizer: name and options; None leaves the choice to the number of objectives.
+        notes: messages about keys that had no equivalent (mergekit-evolve files).
+    """
+
+    source: str
+    text: str
+    name: str
+    base: str
+    experts: dict[str, str]
+    space: dict[str, Any]
+    space_source: str
+    objectives: tuple[ObjectiveSpec, ...]
+    optimizer: str | None
+    optimizer_options: dict[str, Any]
+    budget: Budget
+    storage: str
+    workers: Workers
+    seed: int
+    known_recipes: bool = True
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def folder(self) -> Path:
+        """Where the study keeps what is not in the database."""
+        return Path("runs") / self.name
+
+
+def load_study_file(path: str, overrides: tuple[str, ...] = (), *, allow_task_code: bool = False) -> StudyConfig:
+    """Read and check a study file.
+
+    Args:
+        path: a study file, or a mergekit-evolve genome file.
+        overrides: "key=value" with dots for nested keys; the value is YAML.
+        allow_task_code: lm-eval task files named by the study may run code.
+
+    Raises:
+        ConfigError: with every problem that can be found without opening weights or tasks.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the study file {path}: {error}") from None
+    return parse_study(text, path, overrides, allow_task_code=allow_task_code)
+
+
+def parse_study(
+    text: str, source: str, overrides: tuple[str, ...] = (), *, allow_task_code: bool = False
+) -> StudyConfig:
+    """Like `load_study_file`, for text. `source` names it in messages."""
+    document = load_yaml(text, source)
+    data = document.data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: a study file is a mapping of keys, not {type(data).__name__}")
+    notes: list[str] = []
+    if "genome" in data:
+        from evomerge.evolve_file import translate
+
+        data, notes = translate(data, source)
+        document = Document(data=data, name=source, lines={})
+    data = _override(data, overrides)
+    problems: list[Problem] = []
+    parsed: _StudyFile | None = None
+    try:
+        parsed = _StudyFile.model_validate(data)
+    except ValidationError as error:
+        problems += _problems(error, document)
+    objectives = list(_objectives(data.get("objectives"), document, problems, allow_task_code))
+    space, space_source = _space(data.get("space"), document, problems)
+    optimizer, options = _optimizer(data.get("optimizer"), document, problems)
+    storage = _storage(data, document, problems)
+    if problems or parsed is None:
+        raise ConfigError.of(problems, source)
+    _check_workers(parsed, document)
+    workers = parsed.workers if isinstance(parsed.workers, Workers) else Workers(local=parsed.workers)
+    budget = parsed.budget
+    if budget.evaluations is None and budget.hours is None:
+        budget = Budget(evaluations=DEFAULT_EVALUATIONS)
+    return StudyConfig(
+        source=source,
+        text=text,
+        name=parsed.name,
+        base=parsed.base,
+        experts=dict(parsed.experts),
+        space=space,
+        space_source=space_source,
+        objectives=tuple(objectives),
+        optimizer=optimizer,
+        optimizer_options=options,
+        budget=budget,
+        storage=storage,
+        workers=workers,
+        seed=parsed.seed,
+        known_recipes=parsed.known_recipes,
+        notes=tuple(notes),
+    )
+
+
+def shipped_file(kind: str, name: str) -> Path | None:
+    """A ready-made `search_spaces` or `objectives` file by name: yours in ./kind/ first, then ours."""
+    package = Path(__file__).parent
+    for folder in (Path(kind), package / "data" / kind, package.parent / kind):
+        path = folder / f"{name}.yaml"
+        if path.is_file():
+            return path
+    return None
+
+
+def shipped_names(kind: str) -> list[str]:
+    """Names of all ready-made files of a kind."""
+    package = Path(__file__).parent
+    folders = (Path(kind), package / "data" / kind, package.parent / kind)
+    return sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
+
+
+def _override(data: Mapping[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    result = dict(data)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"an override is key=value, not {text!r}")
+        *parents, last = key.split(".")
+        at = result
+        for parent in parents:
+            child = at.get(parent)
+            at[parent] = dict(child) if isinstance(child, dict) else {}
+            at = at[parent]
+        at[last] = load_yaml(value, f"-o {key}").data
+    return result
+
+
+def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
+    """pydantic's findings in our words, one per place."""
+    seen: set[tuple[Any, ...]] = set()
+    for item in error.errors():
+        # Branches of a union add their own names to the location: keep what is a key of the file.
+        location = tuple(p for p in item["loc"] if not (isinstance(p, str) and _BRANCH.match(p)))
+        if location in seen:
+            continue
+        seen.add(location)
+        key = ".".join(str(p) for p in location)
+        if item["type"] == "extra_forbidden":
+            message, hint = f"unknown key `{key}`", _close_keys(location)
+        elif item["type"] == "missing":
+            message, hint = f"the key `{key}` is missing", ""
+        else:
+            message, hint = f"`{key}`: {item['msg']}, not {item['input']!r}"[:300], ""
+        yield Problem(message, where=document.where(location), hint=hint)
+
+
+_BRANCH = re.compile(r"^(str|int|float|Workers|dict\[.*|constrained-.*|function-.*)$")
+
+
+def _close_keys(location: tuple[Any, ...]) -> str:
+    owners: dict[str, type[BaseModel]] = {"budget": Budget, "workers": Workers}
+    owner = owners.get(str(location[0]), _StudyFile) if len(location) > 1 else _StudyFile
+    return f"known: {', '.join(owner.model_fields)}"
+
+
+def _objectives(entries: Any, document: Document, problems: list[Problem], allow_code: bool) -> Iterator[ObjectiveSpec]:
+    used: set[str] = set()
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        where = document.where(("objectives", index))
+        folder, default = ".", ""
+        if isinstance(entry, str):
+            path = Path(entry) if entry.endswith((".yaml", ".yml")) else shipped_file("objectives", entry)
+            if path is None or not path.is_file():
+                names = ", ".join(shipped_names("objectives"))
+                problems.append(Problem(f"no objective {entry!r}", where, hint=f"there are {names}"))
+                continue
+            folder, default = str(path.parent), path.stem
+            try:
+                entry = load_yaml(path.read_text(encoding="utf-8"), str(path)).data
+            except ConfigError as error:
+                problems += error.problems
+                continue
+            where = str(path)
+        if not isinstance(entry, dict):
+            problems.append(Problem("an objective is a name or a mapping", where))
+            continue
+        options = {k: v for k, v in entry.items() if k not in ("name", "kind", "description")}
+        name = entry.get("name", default or entry.get("task") or entry.get("kind"))
+        kind = entry.get("kind")
+        if kind not in registry.names("objectives"):
+            known = ", ".join(registry.names("objectives"))
+            problems.append(Problem(f"unknown objective kind {kind!r}", where, hint=f"known: {known}"))
+            continue
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            problems.append(Problem(f"an objective's name must be a word, not {name!r}", where))
+            continue
+        if name in used:
+            problems.append(Problem(f"two objectives are called {name!r}", where, hint="set `name:`"))
+        used.add(name)
+        yield ObjectiveSpec(name, str(kind), options, folder, allow_code)
+
+
+def _space(entry: Any, document: Document, problems: list[Problem]) -> tuple[dict[str, Any], str]:
+    where = document.where(("space",))
+    if isinstance(entry, dict):
+        return entry, where
+    if not isinstance(entry, str):
+        return {}, where  # pydantic has said so
+    path = Path(entry) if entry.endswith((".yaml", ".yml")) else shipped_file("search_spaces", entry)
+    if path is None or not path.is_file():
+        names = ", ".join(shipped_names("search_spaces"))
+        problems.append(Problem(f"no search space {entry!r}", where, hint=f"there are {names}"))
+        return {}, where
+    try:
+        data = load_yaml(path.read_text(encoding="utf-8"), str(path)).data
+    except ConfigError as error:
+        problems += error.problems
+        return {}, where
+    if not isinstance(data, dict):
+        problems.append(Problem("a search space is a mapping", str(path)))
+        return {}, where
+    return data, str(path)
+
+
+def _optimizer(entry: Any, document: Document, problems: list[Problem]) -> tuple[str | None, dict[str, Any]]:
+    if entry is None:
+        return None, {}
+    options = dict(entry) if isinstance(entry, dict) else {"name": entry}
+    name = options.pop("name", None)
+    if name not in registry.names("optimizers"):
+        known = ", ".join(registry.names("optimizers"))
+        where = document.where(("optimizer",))
+        problems.append(Problem(f"unknown optimizer {name!r}", where, hint=f"known: {known}"))
+    return name, options
+
+
+def _storage(data: Mapping[str, Any], document: Document, problems: list[Problem]) -> str:
+    from evomerge.storage import storage_problem
+
+    default = f"sqlite:///runs/{data.get('name')}/ledger.db"
+    environment = os.environ.get("EVOMERGE_STORAGE") or os.environ.get("OPTUNA_STORAGE")
+    url = data.get("storage") or environment or default
+    problem = storage_problem(str(url))
+    if problem:
+        problems.append(Problem(problem, where=document.where(("storage",))))
+    return str(url)
+
+
+def _check_workers(parsed: _StudyFile, document: Document) -> None:
+    workers = parsed.workers
+    if isinstance(workers, Workers) and (workers.local is None) == (workers.ray is None):
+        raise ConfigError.of([Problem("`workers:` needs `local:` or `ray:`", where=document.where(("workers",)))])

@@ -1,0 +1,240 @@
+"""A recipe or a candidate as files: a Hub-layout checkpoint, recipes in both forms, a model card, hashes.
+
+Everything is written into a temporary folder beside the target, flushed to disk, and renamed: a folder of
+the final name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite
+from evomerge.methods import merge_tensor
+from evomerge.recipe import Recipe, layer_index
+from evomerge.strict_yaml import dump_yaml
+from evomerge.weights import Checkpoint, Weights, check_family, open_all
+
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_only_layers")
+
+
+def merge(recipe: Recipe, out: str, *, device: str = "cpu", shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write the recipe's merged model as a Hugging Face checkpoint, tensor by tensor.
+
+    Memory is bounded by the largest shard and one tensor's working set; inputs are memory-mapped.
+
+    Args:
+        recipe: its models are folders, relative to the working directory.
+        out: folder to make; must not exist, or be empty.
+        shard_bytes: largest size of one weight file.
+
+    Raises:
+        ConfigError: the checkpoints do not fit together, or `out` is taken.
+        WeightsError: a checkpoint is missing or broken.
+        NonFinite: a merged tensor holds NaN or infinity.
+    """
+    with _new_folder(out) as folder:
+        write_checkpoint(recipe, folder, device=device, shard_bytes=shard_bytes)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_mergekit(recipe, folder)
+    return Path(out)
+
+
+def check_recipe_models(recipe: Recipe) -> Checkpoint:
+    """Open and compare a recipe's models; returns the donor of configuration and tokenizer.
+
+    Raises:
+        EnvironmentProblem: a checkpoint is missing or broken.
+        ConfigError: they do not fit together.
+    """
+    opened, broken = open_all({m: m for m in recipe.models})
+    if broken:
+        raise EnvironmentProblem("\n  - ".join(["the recipe's models cannot be read:", *map(str, broken)]))
+    donor = opened[recipe.models[0]]
+    problems = check_family(donor, {m: c for m, c in opened.items() if m != donor.path})
+    if problems:
+        raise ConfigError.of(problems, "the recipe's models")
+    return donor
+
+
+def write_checkpoint(recipe: Recipe, folder: Path, *, device: str = "cpu", shard_bytes: int = SHARD_BYTES) -> None:
+    """Write weights, config.json and tokenizer files of the merged model into an existing folder."""
+    donor = check_recipe_models(recipe)
+    weights = Weights(recipe.models, device)
+    plans = recipe.plan(donor.names, donor.n_layers)
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for plan in plans:
+            tensor = merge_tensor(plan, weights, recipe)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
+            weights.forget(plan.inputs + ((plan.base,) if plan.base else ()))
+            yield plan.name, tensor.cpu().contiguous()
+
+    dtypes = _write_shards(merged(), folder, shard_bytes)
+    layers = [i for i in (layer_index(p.name) for p in plans) if i is not None]
+    _write_config(recipe, donor, folder, max(layers) + 1 if layers else 0, dtypes)
+    for name in TOKENIZER_FILES:
+        if (donor.folder / name).is_file():
+            shutil.copyfile(donor.folder / name, folder / name)
+
+
+def write_mergekit(recipe: Recipe, folder: Path) -> list[str]:
+    """Write mergekit_config.yml, with a comment for what that form cannot say; returns the list."""
+    data, lost = recipe.to_mergekit()
+    notes = "".join(f"# mergekit cannot express: {line}\n" for line in lost)
+    (folder / "mergekit_config.yml").write_text(notes + dump_yaml(data), encoding="utf-8")
+    return lost
+
+
+def write_manifest(folder: Path) -> None:
+    """Write MANIFEST.sha256 over all files of the folder, in the format of `sha256sum -c`."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    (folder / "MANIFEST.sha256").write_text("".join(lines), encoding="utf-8")
+
+
+def export(out: str, recipe: Recipe, card: str, *, weights: bool = True) -> Path:
+    """Write a candidate for other people: recipe in both forms, checkpoint, model card, manifest."""
+    with _new_folder(out) as folder:
+        if weights:
+            write_checkpoint(recipe, folder)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        write_mergekit(recipe, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder)
+    return Path(out)
+
+
+@contextmanager
+def _new_folder(out: str) -> Iterator[Path]:
+    """A temporary folder that becomes `out` if the block ends well, and vanishes if it does not."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{out} exists already", hint="name a new folder, or remove that one")
+    parent = target.absolute().parent
+    partial = parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob(f".{target.name}.partial-*"):
+            if not _running(stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            _flush(partial)
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {out}: {error}") from error
+
+
+def _running(partial: Path) -> bool:
+    """Whether the process that writes this temporary folder still lives."""
+    try:
+        os.kill(int(partial.name.rpartition("-")[2]), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Everything in the folder, and the folder itself, reaches the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> dict[str, torch.dtype]:
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+    where: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    count = 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        count += 1
+        save_file(shard, str(folder / f"part-{count}"), metadata={"format": "pt"})
+        where.update(dict.fromkeys(shard, count))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_ > shard_bytes:
+            close()
+        shard[name] = tensor
+        dtypes[name] = tensor.dtype
+        size += bytes_
+        total += bytes_
+    close()
+    if count == 1:
+        (folder / "part-1").rename(folder / "model.safetensors")
+        return dtypes
+    names = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
+    for number, name in names.items():
+        (folder / f"part-{number}").rename(folder / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {tensor: names[n] for tensor, n in sorted(where.items())},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+    return dtypes
+
+
+def _write_config(recipe: Recipe, donor: Checkpoint, folder: Path, layers: int, dtypes: dict[str, torch.dtype]) -> None:
+    config = dict(donor.config)
+    config.pop("_name_or_path", None)
+    if layers != donor.n_layers:
+        config["num_hidden_layers"] = layers
+        for key in PER_LAYER_KEYS:
+            if isinstance(config.get(key), list) and len(config[key]) == donor.n_layers:
+                source = _source_layers(recipe, donor, layers)
+                config[key] = [config[key][i] for i in source]
+    floating = [d for d in dtypes.values() if d.is_floating_point]
+    if floating:
+        common = max(set(floating), key=floating.count)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(common).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+
+
+def _source_layers(recipe: Recipe, donor: Checkpoint, layers: int) -> list[int]:
+    """For each output layer, the layer of the first source that it is made from."""
+    found: dict[int, int] = {}
+    for plan in recipe.plan(donor.names, donor.n_layers):
+        layer = layer_index(plan.name)
+        source = layer_index((plan.base or plan.inputs[0])[1])
+        if layer is not None and source is not None:
+            found.setdefault(layer, source)
+    return [found[i] for i in range(layers)]
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""The one live transformers model of a worker: recipes are written into its parameters in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import CandidateFailure, ConfigError, NonFinite, Problem, WeightsError
+from evomerge.methods import merge_tensor
+from evomerge.recipe import Recipe
+from evomerge.weights import Checkpoint
+
+
+def check_architecture(checkpoint: Checkpoint) -> list[Problem]:
+    """Whether transformers knows the architecture and holds its tensors one to one; loads no weight."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        return [Problem(f"transformers cannot build the model: {error}", where="base")]
+    live = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=True)}
+    stored = {n: i.shape for n, i in checkpoint.info.items() if i.dtype.is_floating_point}
+    buffers = {n for n, _ in model.named_buffers()}
+    differing = sorted(n for n in live.keys() | stored.keys() if live.get(n) != stored.get(n) and n not in buffers)
+    if not differing:
+        return []
+    return [
+        Problem(
+            f"the file and the model in memory differ in {len(differing)} tensors, such as {', '.join(differing[:3])}",
+            where="base",
+            hint="is the config.json of another model? Architectures whose tensors are fused on loading "
+            "(mixtures of experts) are not supported yet",
+        )
+    ]
+
+
+GetTensor = Callable[[str, str], Tensor]
+
+
+class LiveModel:
+    """A causal language model on a device whose weights can be replaced by any recipe's.
+
+    Args:
+        path: a checkpoint folder; gives the architecture, the tokenizer and the first weights.
+        device: "cpu" or a CUDA device.
+        dtype: of parameters and arithmetic in the forward pass; None keeps the checkpoint's.
+
+    Raises:
+        WeightsError: the folder does not load completely: no layer is ever left at random.
+    """
+
+    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.path = path
+        self.checkpoint = Checkpoint(path)
+        self.device = torch.device(device)
+        try:
+            self.model, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise WeightsError(f"transformers cannot load {path}: {error}") from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if loaded.get(kind):
+                raise WeightsError(f"{path}: {kind.replace('_', ' ')}: {sorted(loaded[kind])[:5]}")
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.adapters: dict[str, Any] = {}  # outside libraries' wrappers of this model, by name
+        self._live = self._tensors_by_name()
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.model.register_forward_hook(self._watch_logits)
+
+    @torch.no_grad()
+    def install(self, recipe: Recipe, get: GetTensor) -> None:
+        """Write the recipe's merged weights into the live parameters, one tensor at a time.
+
+        Args:
+            recipe: models are named as `get` knows them.
+            get: (model, tensor name) -> resident tensor.
+
+        Raises:
+            NonFinite: a merged tensor holds NaN or infinity. The live weights are then a mixture,
+                and the next call replaces all of them.
+            CandidateFailure: the recipe gives another number of layers than the live model has.
+        """
+        checkpoint = self.checkpoint
+        plans = recipe.plan(checkpoint.names, checkpoint.n_layers)
+        if {p.name for p in plans} != set(self._live):
+            raise CandidateFailure(
+                "the recipe changes the number of layers: write it with `evomerge merge`",
+                reason="layers",
+            )
+        for plan in plans:
+            target = self._live[plan.name]
+            merged = merge_tensor(plan, get, recipe, out_dtype=target.dtype)
+            if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
+                raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
+            target.copy_(merged)
+
+    def forget_logits(self) -> None:
+        """Start watching for non-finite logits anew."""
+        self._finite.fill_(True)
+
+    def require_finite_logits(self) -> None:
+        """Raise NonFinite if any logits since `forget_logits` were NaN or infinite."""
+        if not bool(self._finite):
+            raise NonFinite("the merged model's logits hold NaN or infinity", reason="logits")
+
+    def _watch_logits(self, module: Any, inputs: Any, output: Any) -> None:
+        # A NaN in the logits can still give a plausible accuracy (argmax of NaN is 0). The flag
+        # stays on the device: no synchronisation per forward pass.
+        self._finite &= torch.isfinite(output.logits).all()
+
+    def _tensors_by_name(self) -> dict[str, Tensor]:
+        live = dict(self.model.named_parameters(remove_duplicate=True))
+        live |= {n: b for n, b in self.model.named_buffers() if n in self.checkpoint.info}
+        names = set(self.checkpoint.names)
+        if set(live) != names:
+            raise ConfigError(
+                f"{self.path}: the model in memory does not hold the checkpoint's tensors one to one: "
+                f"{len(names - set(live))} only in the file, {len(set(live) - names)} only in memory, "
+                f"such as {sorted(names ^ set(live))[:3]}",
+                hint="architectures whose tensors are fused on loading (mixtures of experts) are not supported yet",
+            )
+        return live

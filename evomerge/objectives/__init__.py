@@ -1,0 +1,111 @@
+"""Objectives: what a merged model is scored by. One file per kind; see `Objective`.
+
+An objective scores the live model on one split of its items and keeps every item's result, so that
+comparisons can be paired and intervals are honest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from evomerge import registry
+from evomerge.errors import Problem
+
+if TYPE_CHECKING:
+    from evomerge.model import LiveModel
+
+SPLITS = ("search", "validation", "test")
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """One objective as plain data: what the study file says, with paths resolved.
+
+    Attributes:
+        name: column in the study; unique there.
+        kind: file in evomerge/objectives.
+        options: the kind's own keys.
+        folder: relative paths in `options` start here.
+        allow_code: the user passed the flag that lets task files run code of their own.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+    folder: str = "."
+    allow_code: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's result on one split of one objective.
+
+    Attributes:
+        value: the aggregate, in the objective's own unit and direction.
+        stderr: standard error of `value` over items.
+        items: (N,) each item's contribution, in the split's fixed order.
+    """
+
+    value: float
+    stderr: float
+    items: np.ndarray
+
+
+class Objective(Protocol):
+    """One way to score a model.
+
+    Attributes:
+        name: as in the study.
+        maximize: whether larger is better.
+        bounds: smallest and largest possible value, None where there is none.
+        splits: those that exist, search first.
+    """
+
+    name: str
+    maximize: bool
+    bounds: tuple[float | None, float | None]
+    splits: tuple[str, ...]
+
+    def check(self) -> list[Problem]:
+        """What is wrong with the objective before any model is scored; empty when all is well."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever the items, the prompts or the metric do."""
+        ...
+
+    def score(self, live: LiveModel, split: str) -> Scores:
+        """Score the live model on a split. Does not change the model.
+
+        Raises:
+            CandidateFailure: this model cannot be scored (never for a bad objective).
+        """
+        ...
+
+
+def make_objective(spec: ObjectiveSpec) -> Objective:
+    """Build an objective from its description.
+
+    Raises:
+        ConfigError: unknown kind, or options that the kind refuses.
+    """
+    maker = registry.get("objectives", spec.kind)
+    objective: Objective = maker(spec)
+    return objective
+
+
+def mean_scores(items: np.ndarray) -> Scores:
+    """Scores whose value is the plain mean of the items. items: (N,)."""
+    n = items.size
+    stderr = float(items.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    return Scores(float(items.mean()), stderr, items)
+
+
+def resolve_path(spec: ObjectiveSpec, path: str) -> Path:
+    """A path in an objective's options, relative to the file that holds them."""
+    return Path(spec.folder, path).resolve()

@@ -1,0 +1,148 @@
+"""lm-eval task files: found by name or path, and refused where they could run code unasked.
+
+An lm-eval task is a YAML file that may name Python functions (`!function`), Python classes, metric
+scripts and Jinja templates, all of which can run code. Tasks installed with lm-eval are trusted as
+lm-eval itself is; a file anywhere else is data only, unless the user passed --allow-task-code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.errors import ConfigError, Problem
+
+MAX_BYTES = 1_000_000
+DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+
+
+def load_local_task(path: Path, *, allow_code: bool) -> dict[str, Any]:
+    """The task file's configuration with its includes resolved and data paths absolute.
+
+    JSON data files are read by us, in memory, so that scoring writes no cache to disk.
+
+    Raises:
+        ConfigError: unreadable, or able to run code without `allow_code`.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not allow_code:
+        problems = _code_in(path)
+        if problems:
+            raise ConfigError.of(problems, str(path))
+    try:
+        config: dict[str, Any] = load_yaml(path, resolve_func=allow_code)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a task file: {error}") from None
+    if not isinstance(config.get("task"), str):
+        raise ConfigError(f"{path}: no `task:` name")
+    return _with_local_data(config, path.parent)
+
+
+def installed_task_file(name: str) -> Path | None:
+    """The file of an installed lm-eval task that is named like its file, found without an index."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    for path in sorted(root.rglob(f"{name}.yaml")):
+        head = path.read_text(encoding="utf-8", errors="replace")
+        if f"task: {name}\n" in head + "\n":
+            return path
+    return None
+
+
+def _with_local_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Point data files at absolute paths, and read JSON lines without the datasets cache."""
+    kwargs = dict(config.get("dataset_kwargs") or {})
+    files = kwargs.get("data_files")
+    if files is None:
+        return config
+    by_split = files if isinstance(files, dict) else {"train": files}
+    absolute = {
+        split: [str((folder / f).resolve()) for f in ([names] if isinstance(names, str) else names)]
+        for split, names in by_split.items()
+    }
+    missing = [f for names in absolute.values() for f in names if not Path(f).is_file()]
+    if missing:
+        raise ConfigError.of([Problem(f"no file {f}", where=config["task"]) for f in missing])
+    kwargs["data_files"] = absolute
+    config = {**config, "dataset_kwargs": kwargs}
+    if config.get("dataset_path") == "json" and set(kwargs) == {"data_files"}:
+        config["custom_dataset"] = _read_json_lines
+    return config
+
+
+def _read_json_lines(*, data_files: dict[str, list[str]], **metadata: Any) -> dict[str, Any]:
+    from datasets import Dataset
+
+    return {split: Dataset.from_list(_rows(names)) for split, names in data_files.items()}
+
+
+def _rows(names: list[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        text = Path(name).read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            rows += json.loads(text)
+            continue
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ConfigError(f"{name}:{number}: not JSON: {error}") from None
+    return rows
+
+
+def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[Problem]:
+    """Everything in the file, and in those that it includes, that could run code."""
+    hint = "pass --allow-task-code if you wrote the file or have read it"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return [Problem(f"larger than {MAX_BYTES} bytes", where=str(path))]
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return [Problem(f"not readable as YAML: {error}", where=str(path))]
+    found: list[Problem] = []
+
+    def note(what: str, at: yaml.Node) -> None:
+        found.append(Problem(what, where=f"{path}:{at.start_mark.line + 1}", hint=hint))
+
+    def walk(at: yaml.Node | None, key: str) -> None:
+        if at is None:
+            return
+        if not at.tag.startswith("tag:yaml.org,2002:"):
+            note(f"the tag {at.tag} names code to run", at)
+        if isinstance(at, yaml.ScalarNode):
+            _check_scalar(at, key)
+        elif isinstance(at, yaml.SequenceNode):
+            for child in at.value:
+                walk(child, key)
+        elif isinstance(at, yaml.MappingNode):
+            for name, child in at.value:
+                walk(child, str(name.value))
+
+    def _check_scalar(at: yaml.ScalarNode, key: str) -> None:
+        text = str(at.value)
+        if key == "class":
+            note(f"`class: {text}` names Python code to run", at)
+        if key == "metric" and text not in _known_metrics():
+            note(f"the metric {text} is not one of lm-eval's own", at)
+        if key == "dataset_path" and "/" not in text and text in ("pandas", "webdataset"):
+            note(f"data sets of kind {text} are pickles", at)
+        if ("{{" in text or "{%" in text) and ("__" in text or "attr(" in text):
+            note("a Jinja template reaches for attributes that can run code", at)
+        if key == "include" and path.resolve() not in seen:
+            found.extend(_code_in(path.parent / text, seen | {path.resolve()}))
+
+    walk(node, "")
+    return found
+
+
+def _known_metrics() -> set[str]:
+    from lm_eval.api import registry
+
+    return set(registry.metric_registry) | {"bypass"}

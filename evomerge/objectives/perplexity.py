@@ -1,0 +1,158 @@
+"""Objective kind `perplexity`: bits per byte on local text, smaller is better.
+
+Bits per byte compare across tokenizers: the negative log-likelihood of the text in bits over its length
+in UTF-8 bytes (Gao et al. 2020, The Pile, arXiv 2101.00027, section 3.1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from evomerge import registry
+from evomerge.errors import CandidateFailure, ConfigError, Problem
+from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
+
+if TYPE_CHECKING:
+    from evomerge.model import LiveModel
+
+OPTIONS = {"files", "limit", "max_tokens", "batch_size"}
+
+
+class PerplexityObjective:
+    """Bits per byte over documents.
+
+    Options: `files` (search, validation and test -> a text file; documents are separated by blank lines),
+    `limit` (documents per split), `max_tokens` (window; default the model's context, at most 1024),
+    `batch_size` (windows per forward pass, default 16). A document longer than the window is cut into
+    windows that do not overlap; the first token of each is context only unless the tokenizer has a
+    beginning-of-sequence token, so every model is charged for the same bytes.
+
+    Raises:
+        ConfigError: an unknown or ill-typed option.
+    """
+
+    maximize = False
+    bounds: tuple[float | None, float | None] = (0.0, None)
+
+    def __init__(self, spec: ObjectiveSpec) -> None:
+        self.spec = spec
+        self.name = spec.name
+        options = dict(spec.options)
+        problems = [
+            Problem(f"unknown key {key!r}", hint=f"known: {', '.join(sorted(OPTIONS))}")
+            for key in options
+            if key not in OPTIONS
+        ]
+        files = options.get("files")
+        if not isinstance(files, dict) or "search" not in files or set(files) - set(SPLITS):
+            problems.append(Problem("`files:` must map search (and validation, test) to text files"))
+        for key in ("limit", "max_tokens", "batch_size"):
+            value = options.get(key, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(Problem(f"`{key}:` must be a positive number, not {value!r}"))
+        if problems:
+            raise ConfigError.of(problems, f"objective {spec.name}")
+        self.files = {s: resolve_path(spec, f) for s, f in options["files"].items()}
+        self.options = options
+        self._windows: dict[str, list[tuple[int, list[int]]]] = {}
+
+    def check(self) -> list[Problem]:
+        """Files exist, hold documents and share none."""
+        where = f"objective {self.name}"
+        problems: list[Problem] = []
+        seen: dict[str, str] = {}
+        for split, path in self.files.items():
+            try:
+                documents = self._documents(split)
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(Problem(f"cannot read {path}: {error}", where))
+                continue
+            if not documents:
+                problems.append(Problem(f"{path} holds no text", where))
+            for text in documents:
+                other = seen.setdefault(hashlib.sha256(text.encode()).hexdigest(), split)
+                if other != split:
+                    problems.append(Problem(f"the {other} and {split} splits share documents", where))
+                    break
+        return problems
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a file."""
+        return tuple(s for s in SPLITS if s in self.files)
+
+    def fingerprint(self) -> str:
+        """Hash of the options and the files' contents."""
+        whole = hashlib.sha256(repr(sorted((k, v) for k, v in self.options.items() if k != "files")).encode())
+        for split in self.splits:
+            whole.update(self.files[split].read_bytes())
+        return whole.hexdigest()
+
+    def score(self, live: LiveModel, split: str) -> Scores:
+        """items: (N, 2) bits and bytes of each document."""
+        if split not in self.files:
+            raise ConfigError(f"objective {self.name} has no {split} split")
+        documents = self._documents(split)
+        if split not in self._windows:
+            self._windows[split] = self._cut(documents, live)
+        live.forget_logits()
+        bits = self._bits(live, self._windows[split], len(documents))
+        live.require_finite_logits()
+        size = np.array([len(d.encode()) for d in documents], dtype=np.float64)
+        if not np.isfinite(bits).all():
+            raise CandidateFailure(f"{self.name}: non-finite likelihood", reason="scores")
+        value = bits.sum() / size.sum()
+        # The ratio of two sums over documents: variance by linearisation (delta method).
+        residual = bits - value * size
+        n = len(documents)
+        stderr = math.sqrt(residual.var(ddof=1) * n) / size.sum() if n > 1 else 0.0
+        return Scores(float(value), float(stderr), np.stack([bits, size], axis=1))
+
+    def _documents(self, split: str) -> list[str]:
+        text = Path(self.files[split]).read_text(encoding="utf-8")
+        documents = [d.strip() for d in text.split("\n\n") if d.strip()]
+        return documents[: self.options["limit"]] if "limit" in self.options else documents
+
+    def _cut(self, documents: list[str], live: LiveModel) -> list[tuple[int, list[int]]]:
+        """(document, token ids) windows, longest first so that a batch pads little."""
+        context = int(getattr(live.model.config, "max_position_embeddings", 1024))
+        limit = int(self.options.get("max_tokens", min(context, 1024)))
+        bos = live.tokenizer.bos_token_id
+        head = [bos] if bos is not None else []
+        windows = []
+        for index, text in enumerate(documents):
+            ids = live.tokenizer(text, add_special_tokens=False)["input_ids"]
+            step = max(1, limit - len(head))
+            windows += [(index, head + ids[i : i + step]) for i in range(0, len(ids), step)]
+        windows.sort(key=lambda w: (-len(w[1]), w[0]))
+        return windows
+
+    @torch.no_grad()
+    def _bits(self, live: LiveModel, windows: list[tuple[int, list[int]]], n: int) -> np.ndarray:
+        bits = np.zeros(n)
+        size = int(self.options.get("batch_size", 16))
+        for start in range(0, len(windows), size):
+            batch = windows[start : start + size]
+            width = len(batch[0][1])
+            ids = torch.zeros((len(batch), width), dtype=torch.long)
+            mask = torch.zeros((len(batch), width), dtype=torch.long)
+            for row, (_, tokens) in enumerate(batch):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                mask[row, : len(tokens)] = 1
+            ids, mask = ids.to(live.device), mask.to(live.device)
+            logits: Any = live.model(input_ids=ids, attention_mask=mask).logits
+            logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+            picked = logprobs.gather(2, ids[:, 1:, None])[:, :, 0] * mask[:, 1:]
+            totals = (-picked.double().sum(dim=1) / math.log(2)).cpu().numpy()
+            for (document, _), total in zip(batch, totals, strict=True):
+                bits[document] += total
+        return bits
+
+
+registry.register("objectives", "perplexity", PerplexityObjective)

@@ -1,0 +1,84 @@
+"""Data on stdout in the format that was asked for: table, json, yaml or csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+
+class Format(StrEnum):
+    """What `-f` accepts."""
+
+    table = "table"
+    json = "json"
+    yaml = "yaml"
+    csv = "csv"
+
+
+def emit(rows: Sequence[Mapping[str, Any]], fmt: Format) -> None:
+    """Print rows that share their keys; missing values are empty."""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    clean = [{k: _plain(row.get(k)) for k in columns} for row in rows]
+    if fmt is Format.json:
+        print(json.dumps(clean, indent=2))
+    elif fmt is Format.yaml:
+        from evomerge.strict_yaml import dump_yaml
+
+        print(dump_yaml(clean), end="")
+    elif fmt is Format.csv:
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(clean)
+    else:
+        _table(clean, columns)
+
+
+def emit_one(data: Mapping[str, Any], fmt: Format) -> None:
+    """Print one mapping: two columns as a table, one object otherwise."""
+    if fmt is Format.table:
+        _table([{"": k, " ": _plain(v)} for k, v in data.items()], ["", " "])
+    elif fmt is Format.json:
+        print(json.dumps({k: _plain(v) for k, v in data.items()}, indent=2))
+    else:
+        emit([data], fmt) if fmt is Format.csv else emit_yaml(data)
+
+
+def emit_yaml(data: Mapping[str, Any]) -> None:
+    """Print one mapping as YAML."""
+    from evomerge.strict_yaml import dump_yaml
+
+    print(dump_yaml({k: _plain(v) for k, v in data.items()}), end="")
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Plain aligned columns: as readable in a pipe as on a terminal, and never cut."""
+    cells = [[_cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(str(c)), *(len(r[i]) for r in cells), 0) for i, c in enumerate(columns)]
+    if any(columns[0].strip() or c.strip() for c in columns):
+        print("  ".join(str(c).ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
+    for row in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and NaN as what JSON knows."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,262 @@
+"""From a study file to everything that a search needs, with all that can be wrong found first.
+
+Nothing is created on disk here. `prepare` opens weights, tasks and the space; `open_study` opens or makes the
+record; `make_search` puts the parts together.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import StudyConfig
+from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
+from evomerge.model import check_architecture
+from evomerge.objectives import Objective, make_objective
+from evomerge.optimizers import Goal, Optimizer, make
+from evomerge.recipe import Recipe
+from evomerge.space import SearchSpace, known_recipes
+from evomerge.storage import sqlite_file
+from evomerge.study import Header, Study
+from evomerge.weights import Checkpoint, check_family, open_all
+from evomerge.worker import WorkerSpec
+
+LIBRARIES = ("evomerge", "torch", "transformers", "lm_eval", "optuna", "cma", "ray", "numpy")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked study: every part exists and fits the others.
+
+    Attributes:
+        known: (label, recipe) of the candidates 0..k of the study.
+        summary: what `evomerge check` prints.
+    """
+
+    config: StudyConfig
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    optimizer: str
+    header: Header
+    known: tuple[tuple[str, Recipe], ...]
+    worker: WorkerSpec
+    summary: dict[str, Any]
+
+    def make_optimizer(self) -> Optimizer:
+        """A fresh optimizer, ready to be told the study's history."""
+        return _optimizer(self.config, self.optimizer, self.space, self.objectives)
+
+
+def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
+    """Check everything that can be known before any candidate is evaluated.
+
+    Raises:
+        ConfigError: with all problems of files, objectives and space at once (exit code 2).
+        EnvironmentProblem: weights are missing or broken, or the study's folder cannot be written (3).
+    """
+    opened, broken = open_all({"base": config.base, **config.experts})
+    broken += _storage_problems(config)
+    problems: list[Problem] = []
+    space: SearchSpace | None = None
+    objectives = _objectives(config, problems)
+    if "base" in opened:
+        base = opened["base"]
+        problems += check_architecture(base)
+        problems += check_family(base, {n: c for n, c in opened.items() if n != "base"})
+        space = _space(config, base, problems)
+        if space is not None and not problems:
+            problems += _try_optimizer(config, space, objectives)
+    if problems:
+        raise ConfigError.of([*broken, *problems], config.source)
+    if broken or space is None:
+        lines = "".join(f"\n  - {p}" for p in broken)
+        raise EnvironmentProblem(f"{len(broken)} problems with files of {config.source}:{lines}")
+    optimizer = config.optimizer or ("map" if len(objectives) > 1 else "cma_es")
+    known = known_recipes(config.base, config.experts, config.seed) if config.known_recipes else []
+    return Prepared(
+        config=config,
+        space=space,
+        objectives=tuple(objectives),
+        optimizer=optimizer,
+        header=_header(config, overrides, opened, objectives, optimizer),
+        known=tuple(known),
+        worker=worker_spec(config),
+        summary=_summary(config, opened, objectives, space, optimizer, len(known)),
+    )
+
+
+def open_study(prepared: Prepared, resume: str = "auto") -> tuple[Study, bool]:
+    """The study's record, and whether it existed already.
+
+    Args:
+        resume: "auto" continues or starts, "must" only continues, "never" only starts.
+
+    Raises:
+        StudyConflict: it exists with other settings, or exists (does not exist) against `resume`.
+    """
+    config = prepared.config
+    exists = Study.exists(config.storage, config.name)
+    if exists and resume == "never":
+        raise StudyConflict(f"the study {config.name!r} exists already", hint="choose another `name:`")
+    if not exists and resume == "must":
+        raise StudyConflict(f"there is no study {config.name!r} to continue")
+    if not exists:
+        return Study.create(config.storage, config.name, prepared.header), False
+    study = Study.load(config.storage, config.name)
+    study.require_identity(prepared.header.identity)
+    return study, True
+
+
+def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
+    """What each worker loads; the device and the threads are settled here, once."""
+    import torch
+
+    workers = config.workers
+    device = workers.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available() and workers.ray is None:
+        raise EnvironmentProblem("`workers.device` is cuda, but torch finds no CUDA device here")
+    count = workers.local or workers.ray or 1
+    return WorkerSpec(
+        base=config.base,
+        models=(config.base, *config.experts.values()),
+        objectives=config.objectives,
+        device=device,
+        threads=threads or workers.threads or max(1, (os.cpu_count() or 1) // count),
+        allowed_s=workers.timeout_s,
+    )
+
+
+def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]:
+    made: list[Objective] = []
+    for spec in config.objectives:
+        try:
+            objective = make_objective(spec)
+            found = objective.check()
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        problems += found
+        if not found:
+            made.append(objective)
+    return made
+
+
+def _space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> SearchSpace | None:
+    try:
+        return SearchSpace.from_dict(config.space, config.base, config.experts, base.n_layers, config.seed)
+    except ConfigError as error:
+        where = config.space_source
+        problems += [Problem(p.message, f"{where}: {p.where}" if p.where else where, p.hint) for p in error.problems]
+        return None
+
+
+def _optimizer(config: StudyConfig, name: str, space: SearchSpace, objectives: tuple[Objective, ...]) -> Optimizer:
+    goals = []
+    for objective in objectives:
+        lower, upper = objective.bounds
+        if not objective.maximize:
+            lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
+        goals.append(Goal(objective.name, lower, upper))
+    start = space.encode(space.start())
+    return make(name, space.dim, goals, config.seed, start, config.optimizer_options)
+
+
+def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Objective]) -> list[Problem]:
+    name = config.optimizer or ("map" if len(objectives) > 1 else "cma_es")
+    try:
+        _optimizer(config, name, space, tuple(objectives))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def _storage_problems(config: StudyConfig) -> list[Problem]:
+    """A SQLite file must be in a folder that can be made and written."""
+    try:
+        file = sqlite_file(config.storage)
+    except StorageError as error:
+        return [Problem(error.message, where="storage")]
+    if file is None:
+        return []
+    folder = file.parent.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return [Problem(f"cannot write to {folder}", where="storage", hint="choose another `storage:`")]
+    if file.is_dir():
+        return [Problem(f"{file} is a folder, not a database file", where="storage")]
+    return []
+
+
+def _header(
+    config: StudyConfig,
+    overrides: tuple[str, ...],
+    opened: dict[str, Checkpoint],
+    objectives: list[Objective],
+    optimizer: str,
+) -> Header:
+    identity = {
+        "base": config.base,
+        "experts": config.experts,
+        "weights": {label: c.digest() for label, c in opened.items()},
+        "space": {k: v for k, v in config.space.items() if k != "description"},
+        "objectives": {o.name: o.fingerprint() for o in objectives},
+        "optimizer": {"name": optimizer, **config.optimizer_options},
+        "seed": config.seed,
+        "known_recipes": config.known_recipes,
+    }
+    versions = {name: version(name) for name in LIBRARIES}
+    versions["python"] = platform.python_version()
+    allow_code = any(o.allow_code for o in config.objectives)
+    study_file = {
+        "text": config.text,
+        "source": config.source,
+        "overrides": list(overrides),
+        "allow_task_code": allow_code,
+    }
+    directions = {o.name: o.maximize for o in objectives}
+    return Header(identity, directions, study_file, versions, worker_spec(config).threads)
+
+
+def _summary(
+    config: StudyConfig,
+    opened: dict[str, Checkpoint],
+    objectives: list[Objective],
+    space: SearchSpace,
+    optimizer: str,
+    known: int,
+) -> dict[str, Any]:
+    spec = worker_spec(config)
+    base = opened["base"]
+    return {
+        "study": config.name,
+        "base": f"{config.base} ({base.n_layers} layers, {base.n_bytes / 1e6:.1f} MB)",
+        "experts": ", ".join(config.experts),
+        "resident": f"{sum(c.n_bytes for c in opened.values()) / 1e6:.1f} MB of weights on {spec.device}",
+        "space": f"{config.space.get('method')}, {space.dim} dimensions",
+        "objectives": ", ".join(
+            f"{o.name} ({'max' if o.maximize else 'min'}; {', '.join(o.splits)})" for o in objectives
+        ),
+        "optimizer": optimizer,
+        "known recipes": known,
+        "budget": ", ".join(f"{v:g} {k}" for k, v in config.budget.model_dump().items() if v is not None),
+        "storage": _where(config.storage),
+    }
+
+
+def _where(url: str) -> str:
+    from evomerge.storage import mask
+
+    return mask(url)
+
+
+def study_folder(config: StudyConfig) -> Path:
+    """Where a study's files lie: beside its SQLite database, or runs/<name>."""
+    file = sqlite_file(config.storage)
+    return file.parent if file is not None else config.folder

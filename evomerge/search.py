@@ -1,0 +1,251 @@
+"""The search loop: ask, record, submit, collect, record, tell. Start reading here.
+
+Everything that the loop knows is in the study: it can be killed between any two statements, and `run` on the
+same study continues. Optimizers are replayed from the recorded results; candidates that were running are
+evaluated again under their own numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from evomerge import faults
+from evomerge.errors import TooManyFailures
+from evomerge.objectives import Scores
+from evomerge.optimizers import Optimizer, Result
+from evomerge.pool import Pool
+from evomerge.recipe import Recipe
+from evomerge.space import SearchSpace
+from evomerge.study import Candidate, Study
+from evomerge.worker import Failed, Job, Outcome
+
+HOPELESS = 10  # so many failures in a row, and nothing else, end a search
+BEAT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop asking: candidates in the study, or seconds of searching; None is no limit."""
+
+    evaluations: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One candidate is recorded as finished: what a progress display needs."""
+
+    number: int
+    label: str | None
+    values: tuple[float, ...] | None
+    stderr: tuple[float, ...] | None
+    reason: str | None
+    same_as: int | None
+    elapsed_s: float
+
+
+@dataclass
+class Search:
+    """One study being searched by one controller.
+
+    Attributes:
+        known: (label, recipe) of the candidates 0..k that every study starts with.
+        on_event: called after each candidate's record is durable.
+        stop: set it to stop asking; candidates in flight are still recorded.
+    """
+
+    study: Study
+    space: SearchSpace
+    optimizer: Optimizer
+    pool: Pool
+    budget: Budget
+    known: Sequence[tuple[str, Recipe]] = ()
+    on_event: Callable[[Event], None] = field(default=lambda event: None)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> str:
+        """Search until the budget is spent or `stop` is set; returns "budget" or "stopped".
+
+        Raises:
+            TooManyFailures: no candidate gets a score.
+            StorageError: the database failed; what was recorded is safe.
+        """
+        self._begin()
+        while True:
+            while self._may_ask() and len(self._in_flight) < self.pool.size:
+                self._propose()
+            if not self._in_flight:
+                return "stopped" if self.stop.is_set() else "budget"
+            for result in self.pool.wait(timeout_s=1.0):
+                self._record(result)
+            self._beat()
+
+    # ---------------------------------------------------------------- history
+
+    def _begin(self) -> None:
+        """Rebuild everything from the study, and take up what was running."""
+        self._clock = time.monotonic()
+        self._beaten = time.monotonic()
+        self._in_flight: dict[int, Recipe] = {}
+        self._points: dict[int, np.ndarray] = {}
+        self._waiting: dict[int, list[int]] = {}
+        self._labels: dict[int, str | None] = {}
+        self._finished: dict[str, Candidate] = {}
+        self._failures_in_a_row = 0
+        candidates = self.study.candidates()
+        self._count = len(candidates)
+        ended = sorted((c for c in candidates if c.state != "running"), key=lambda c: c.arrival or 0)
+        self._arrivals = len(ended)
+        self._before_s = max((c.attrs.get("elapsed_s", 0.0) for c in ended), default=0.0)
+        for candidate in ended:
+            self._finished.setdefault(candidate.recipe.fingerprint, candidate)
+            self._tell(candidate)
+        for candidate in candidates:
+            if candidate.state == "running":
+                self._launch(candidate.number, candidate.label, candidate.recipe, candidate.params)
+
+    def _elapsed_s(self) -> float:
+        return self._before_s + time.monotonic() - self._clock
+
+    def _may_ask(self) -> bool:
+        if self.stop.is_set():
+            return False
+        if self.budget.evaluations is not None and self._count >= self.budget.evaluations:
+            return False
+        return self.budget.seconds is None or self._elapsed_s() < self.budget.seconds
+
+    # ---------------------------------------------------------------- out
+
+    def _propose(self) -> None:
+        """Ask for one candidate, record it as running, and send it out."""
+        number = self._count
+        faults.point("proposing")
+        label: str | None = None
+        if number < len(self.known):
+            label, recipe = self.known[number]
+            params = self.space.point_of(recipe)
+        else:
+            pending = [x for _, x in sorted(self._points.items())]
+            params = self.space.decode(self.optimizer.ask(number, pending))
+            recipe = self.space.recipe(params)
+        bounds = {g.name: (g.low, g.high, g.log) for g in self.space.genes}
+        recorded = self.study.propose(recipe, params, bounds, label)
+        if recorded != number:
+            raise RuntimeError(f"candidate {number} was recorded as {recorded}: two controllers?")
+        faults.point("recording")
+        self._count += 1
+        self._launch(number, label, recipe, params)
+
+    def _launch(self, number: int, label: str | None, recipe: Recipe, params: Mapping[str, float] | None) -> None:
+        """Evaluate a recorded candidate, unless an equal recipe has been or is being evaluated."""
+        self._labels[number] = label
+        fingerprint = recipe.fingerprint
+        earlier = self._finished.get(fingerprint)
+        if earlier is not None:
+            self._copy(number, earlier)
+            return
+        twin = next((n for n, r in self._in_flight.items() if r.fingerprint == fingerprint), None)
+        if params is not None:
+            self._points[number] = self.space.encode(params)
+        self._in_flight[number] = recipe
+        if twin is not None:
+            self._waiting.setdefault(twin, []).append(number)
+            return
+        self.pool.submit(Job(number, recipe))
+
+    # ---------------------------------------------------------------- back
+
+    def _record(self, result: Outcome | Failed) -> None:
+        """Make one result durable, report it, and tell the optimizer."""
+        number = result.number
+        faults.point("finishing")
+        if isinstance(result, Outcome):
+            attrs = {
+                "t_merge_s": round(result.merge_s, 6),
+                "t_eval_s": round(result.eval_s, 6),
+                "peak_bytes": result.peak_bytes,
+                "worker": result.worker,
+            }
+            self._close(number, result.scores, attrs)
+        else:
+            self._close_failed(number, result.reason, result.message)
+        done = self._finished[self._in_flight[number].fingerprint]
+        del self._in_flight[number]
+        for twin in self._waiting.pop(number, []):
+            self._copy(twin, done)
+            del self._in_flight[twin]
+
+    def _copy(self, number: int, earlier: Candidate) -> None:
+        """Record a candidate whose recipe is known already: nothing is scored twice."""
+        faults.point("finishing")
+        if earlier.state == "failed":
+            message = f"the same recipe as candidate {earlier.number}, which failed"
+            self._close_failed(number, str(earlier.reason), message, earlier.number)
+            return
+        scores = self.study.scores(earlier.number, "search")
+        assert scores is not None
+        self._close(number, {"search": scores}, {"same_as": earlier.number})
+
+    def _close(self, number: int, scores: Mapping[str, Mapping[str, Scores]], attrs: Mapping[str, object]) -> None:
+        elapsed = self._elapsed_s()
+        self.study.finish(number, scores, self._arrivals, {**attrs, "elapsed_s": round(elapsed, 3)})
+        self._after_close(number, elapsed)
+
+    def _close_failed(self, number: int, reason: str, message: str, same_as: int | None = None) -> None:
+        self.study.fail(number, reason, message, self._arrivals)
+        self._after_close(number, self._elapsed_s(), same_as)
+
+    def _after_close(self, number: int, elapsed: float, same_as: int | None = None) -> None:
+        candidate = self.study.candidate(number)
+        self._arrivals += 1
+        self._points.pop(number, None)
+        self._finished.setdefault(candidate.recipe.fingerprint, candidate)
+        self.on_event(
+            Event(
+                number=number,
+                label=self._labels.pop(number, None),
+                values=candidate.values,
+                stderr=candidate.stderr,
+                reason=candidate.reason,
+                same_as=candidate.attrs.get("same_as", same_as),
+                elapsed_s=elapsed,
+            )
+        )
+        faults.point("telling")
+        self._tell(candidate)
+        if self._failures_in_a_row >= HOPELESS and not any(c.state == "done" for c in self._finished.values()):
+            raise TooManyFailures(
+                f"the first {self._failures_in_a_row} candidates all failed, the last with: {candidate.reason}",
+                hint="`evomerge status` lists the reasons",
+            )
+
+    def _tell(self, candidate: Candidate) -> None:
+        failed = candidate.values is None
+        self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
+        ups = list(self.study.header.objectives.values())
+        values = oriented(candidate.values, ups) if candidate.values is not None else None
+        self.optimizer.tell(
+            Result(
+                number=candidate.number,
+                x=self.space.encode(candidate.params) if candidate.params else None,
+                values=values,
+                stderr=np.array(candidate.stderr) if candidate.stderr is not None else None,
+            )
+        )
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beaten > BEAT_S:
+            self._beaten = time.monotonic()
+            self.study.beat()
+
+
+def oriented(values: ArrayLike, maximize: Sequence[bool]) -> np.ndarray:
+    """Values with larger-is-better signs. values: (M,) or (N, M)."""
+    signs = np.where(np.asarray(maximize), 1.0, -1.0)
+    return np.asarray(values, dtype=np.float64) * signs

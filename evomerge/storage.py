@@ -1,0 +1,161 @@
+"""The database under a study: connections, durability, errors with a cause, leases, packed arrays.
+
+With study.py the only file that names Optuna's storage. SQLite runs with a write-ahead log and
+synchronous=FULL: a commit is on the disk when it returns.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models as tables
+
+from evomerge.errors import StorageError
+
+SCHEMA_VERSION = 12  # of Optuna's tables: the one that study.py's statements are tested with
+LEASE_S = 120.0  # a lease on another host that has not been renewed for so long is dead
+
+
+def mask(url: str) -> str:
+    """The URL without its password."""
+    return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+
+
+def storage_problem(url: str) -> str | None:
+    """Why this URL cannot hold a study, or None. Does not touch the database."""
+    try:
+        parsed = sqlalchemy.engine.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return f"not a database URL: {url!r}; for example sqlite:///runs/demo/ledger.db"
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql", "mysql", "mariadb"):
+        return f"databases of kind {backend!r} are not supported; use sqlite or postgresql"
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        return "an in-memory database cannot be resumed; name a file"
+    return None
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL; None for a database server."""
+    parsed = sqlalchemy.engine.make_url(url)
+    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
+
+
+def connect(url: str, *, create: bool) -> RDBStorage:
+    """Open the database, or make it if `create`.
+
+    Raises:
+        StorageError: it cannot be opened, or is not a study database.
+    """
+    problem = storage_problem(url)
+    if problem:
+        raise StorageError(problem)
+    file = sqlite_file(url)
+    if file is not None:
+        if not create and not file.exists():
+            raise StorageError(f"no study database at {file}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the folder {file.parent}: {error}") from None
+    with storage_errors(url):
+        if not create:
+            _require_optuna(url)
+        kwargs = {"connect_args": {"timeout": 60}} if file else {"pool_pre_ping": True}
+        storage = RDBStorage(url, engine_kwargs=kwargs)
+        if file is not None:
+            _make_durable(storage.engine)
+    version = storage._version_manager
+    if tables.SCHEMA_VERSION != SCHEMA_VERSION:
+        raise StorageError(
+            f"optuna's tables have version {tables.SCHEMA_VERSION}; evomerge knows {SCHEMA_VERSION}",
+            hint=f"install the optuna of constraints.txt ({version.get_current_version()})",
+        )
+    return storage
+
+
+def _require_optuna(url: str) -> None:
+    """Refuse a database that has no studies table, so that reading never creates one in it."""
+    engine = sqlalchemy.create_engine(url)
+    try:
+        if not sqlalchemy.inspect(engine).has_table("studies"):
+            raise StorageError(f"{mask(url)} is not a study database")
+    finally:
+        engine.dispose()
+
+
+def _make_durable(engine: sqlalchemy.Engine) -> None:
+    """SQLite: write-ahead log, and every commit on the disk before it returns."""
+
+    def pragmas(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    sqlalchemy.event.listen(engine, "connect", pragmas)
+    engine.dispose()  # connections made while the tables were checked have other settings
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn whatever the database layers raise into StorageError with the cause in one line."""
+    try:
+        yield
+    except ImportError as error:
+        raise StorageError(f"no driver for {mask(url)}: {error}", hint="pip install 'evomerge[postgres]'") from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        detail = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
+        raise StorageError(f"the study's database {mask(url)} failed: {detail}") from error
+    except RuntimeError as error:
+        if "optuna" not in str(error):
+            raise
+        raise StorageError(f"{mask(url)}: {error}") from error
+
+
+def pack(items: np.ndarray) -> str:
+    """float64 values, compressed, with their shape in front: exact to the bit."""
+    data = np.ascontiguousarray(items, dtype="<f8")
+    shape = "x".join(str(n) for n in data.shape)
+    return f"{shape}:" + base64.b64encode(zlib.compress(data.tobytes(), 6)).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    shape, _, body = text.partition(":")
+    data = np.frombuffer(zlib.decompress(base64.b64decode(body)), dtype="<f8")
+    return data.reshape([int(n) for n in shape.split("x")])
+
+
+def alive(lease: Mapping[str, Any]) -> bool:
+    """Whether the lease's holder may still write."""
+    if lease["host"] != socket.gethostname():
+        return bool(time.time() - lease["beat"] < LEASE_S)
+    if lease["pid"] == os.getpid():
+        return False
+    return lease["started"] is not None and process_start(lease["pid"]) == lease["started"]
+
+
+def process_start(pid: int) -> str | None:
+    """When the process started, so that a reused number is not mistaken for it; None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return None
+        return "unknown"
+    return None if fields[0] == "Z" else fields[19]

@@ -1,0 +1,440 @@
+"""The durable record of a search: an Optuna study in a relational database.
+
+Optuna's own tables hold everything, so optuna-dashboard and Optuna's plots work on it. A candidate is
+written twice, each time in one transaction: when it is proposed (RUNNING) and when it is finished. Per-item
+scores go into system attributes, packed into pieces below 60 KB, which every database can hold.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models as tables
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from evomerge.errors import StorageError, StudyConflict
+from evomerge.objectives import Scores
+from evomerge.recipe import Recipe
+from evomerge.storage import (
+    alive,
+    connect,
+    mask,
+    pack,
+    process_start,
+    sqlite_file,
+    storage_errors,
+    unpack,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+PIECE_CHARS = 59_000
+HEADER = "evomerge:header"
+LEASE = "evomerge:lease"
+ITEMS = "evomerge:items"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What makes a study this study; compared when it is opened again.
+
+    Attributes:
+        identity: base, experts, weights' digests, space, objectives, optimizer, seed.
+        objectives: name -> whether larger is better, in order.
+        study_file: the YAML file's text and source, and the options it was read with.
+        versions: of the libraries that wrote it.
+        threads: per worker; re-scoring uses as many, since arithmetic may depend on it in the last bit.
+    """
+
+    identity: dict[str, Any]
+    objectives: dict[str, bool]
+    study_file: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the study. States: running, done, failed.
+
+    Attributes:
+        values: one per objective, in the objectives' own units; None unless done.
+        arrival: how many candidates had finished before this one; None while running.
+    """
+
+    number: int
+    state: str
+    label: str | None
+    recipe: Recipe
+    params: dict[str, float] | None
+    values: tuple[float, ...] | None = None
+    stderr: tuple[float, ...] | None = None
+    arrival: int | None = None
+    reason: str | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Study:
+    """Open or create with `Study.create` and `Study.load`; one controller writes at a time."""
+
+    def __init__(self, storage: RDBStorage, name: str) -> None:
+        self.name = name
+        self._storage = storage
+        self._id = storage.get_study_id_from_name(name)
+        text = storage.get_study_system_attrs(self._id).get(HEADER)
+        if text is None:
+            raise StudyConflict(
+                f"the study {name!r} in this database was not made by evomerge",
+                hint="choose another `name:` or `storage:`",
+            )
+        self.header = Header(**json.loads(text))
+
+    @classmethod
+    def create(cls, url: str, name: str, header: Header) -> Study:
+        """Make a new study; the folder of a SQLite file is made too.
+
+        Raises:
+            StorageError: the database cannot be reached or written.
+            StudyConflict: a study of that name exists.
+        """
+        storage = connect(url, create=True)
+        up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+        directions = [up if maximize else down for maximize in header.objectives.values()]
+        with storage_errors(url):
+            try:
+                study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+            except optuna.exceptions.DuplicatedStudyError:
+                raise StudyConflict(f"the database already holds a study named {name!r}") from None
+            study.set_metric_names(list(header.objectives))
+            study.set_user_attr("study_file", header.study_file.get("text", ""))
+            for key, value in header.versions.items():
+                study.set_user_attr(f"version.{key}", value)
+            # Last: a study without a header is one whose creation was interrupted.
+            storage.set_study_system_attr(study._study_id, HEADER, json.dumps(vars(header)))
+        return cls(storage, name)
+
+    @classmethod
+    def load(cls, url: str, name: str) -> Study:
+        """Open an existing study.
+
+        Raises:
+            StorageError: the database cannot be reached, or holds no such study.
+            StudyConflict: the study is not evomerge's.
+        """
+        storage = connect(url, create=False)
+        with storage_errors(url):
+            names = study_names(storage)
+            if name not in names:
+                raise StorageError(
+                    f"no study {name!r} in {mask(url)}",
+                    hint=f"it holds {', '.join(names) or 'no study'}",
+                )
+            return cls(storage, name)
+
+    @classmethod
+    def exists(cls, url: str, name: str) -> bool:
+        """Whether the database can be opened and holds a finished header of that name."""
+        file = sqlite_file(url)
+        if file is not None and not file.exists():
+            return False
+        storage = connect(url, create=False)
+        with storage_errors(url):
+            if name not in study_names(storage):
+                return False
+            attrs = storage.get_study_system_attrs(storage.get_study_id_from_name(name))
+            ours_unfinished = HEADER not in attrs and not storage.get_all_trials(storage.get_study_id_from_name(name))
+            if ours_unfinished and "study:metric_names" in attrs:
+                # Killed between creating the study and writing its header: nothing is lost.
+                storage.delete_study(storage.get_study_id_from_name(name))
+                return False
+        return True
+
+    def require_identity(self, identity: Mapping[str, Any]) -> None:
+        """Raise StudyConflict naming every part in which the stored study differs."""
+        stored = self.header.identity
+        wanted = json.loads(json.dumps(identity))
+        differing = [k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k)]
+        if differing:
+            parts = "; ".join(f"{k}: stored {_short(stored.get(k))}, now {_short(wanted.get(k))}" for k in differing)
+            raise StudyConflict(
+                f"the study {self.name!r} was started with other settings ({parts})",
+                hint="undo the change to continue it, or choose another `name:`",
+            )
+
+    # ---------------------------------------------------------------- writing
+
+    def propose(
+        self,
+        recipe: Recipe,
+        params: Mapping[str, float] | None,
+        bounds: Mapping[str, tuple[float, float, bool]],
+        label: str | None = None,
+    ) -> int:
+        """Record a candidate as RUNNING in one transaction and return its number.
+
+        Args:
+            params: gene -> natural value; None for a recipe outside the space.
+            bounds: gene -> (low, high, log).
+        """
+        distributions: dict[str, BaseDistribution] = {
+            name: FloatDistribution(low, high, log=log) for name, (low, high, log) in bounds.items()
+        }
+        attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint[:16]}
+        if label is not None:
+            attrs["label"] = label
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params or {}),
+            distributions=distributions if params is not None else {},
+            user_attrs=attrs,
+        )
+        with storage_errors(self._storage.url):
+            made = self._storage._create_new_trial(self._id, trial)
+        return int(made.number)
+
+    def finish(
+        self,
+        number: int,
+        scores: Mapping[str, Mapping[str, Scores]],
+        arrival: int,
+        attrs: Mapping[str, Any],
+    ) -> bool:
+        """Record a candidate as done, with all its scores, in one transaction.
+
+        Returns:
+            False if another writer finished it first; nothing is changed then.
+        """
+        search = scores["search"]
+        values = [search[name].value for name in self.header.objectives]
+        if not np.isfinite(values).all():
+            raise ValueError(f"candidate {number}: values must be finite, not {values}")
+        rows = {"arrival": arrival, **attrs, **_score_attrs(scores)}
+        return self._close(number, TrialState.COMPLETE, rows, _item_attrs(scores), values)
+
+    def fail(self, number: int, reason: str, message: str, arrival: int) -> bool:
+        """Record a candidate as failed with its reason; False if it was finished already."""
+        rows = {"arrival": arrival, "reason": reason, "message": message[-20_000:]}
+        return self._close(number, TrialState.FAIL, rows, {}, [])
+
+    def add_scores(self, number: int, split: str, scores: Mapping[str, Scores]) -> bool:
+        """Store a finished candidate's scores on a further split, once; False if they exist."""
+        key = f"value.{split}.{next(iter(scores))}"
+        rows = _score_attrs({split: scores})
+        with self._session() as session:
+            trial = self._row(session, number)
+            table = tables.TrialUserAttributeModel
+            held = session.query(table).filter_by(trial_id=trial.trial_id, key=key).first()
+            if held is not None:
+                return False
+            _add(session, table, trial.trial_id, rows)
+            _add(session, tables.TrialSystemAttributeModel, trial.trial_id,
+                 _item_attrs({split: scores}))  # fmt: skip
+        return True
+
+    def _close(
+        self,
+        number: int,
+        state: TrialState,
+        user: Mapping[str, Any],
+        system: Mapping[str, Any],
+        values: Sequence[float],
+    ) -> bool:
+        table = tables.TrialModel
+        with self._session() as session:
+            # The conditional update takes the write lock first: of two writers, one wins.
+            changed = session.execute(
+                sqlalchemy.update(table)
+                .where(
+                    table.study_id == self._id,
+                    table.number == number,
+                    table.state == TrialState.RUNNING,
+                )
+                .values(state=state)
+            )
+            if changed.rowcount != 1:
+                return False
+            trial = self._row(session, number)
+            trial.datetime_complete = datetime.datetime.now()
+            for index, value in enumerate(values):
+                stored, kind = tables.TrialValueModel.value_to_stored_repr(value)
+                session.add(
+                    tables.TrialValueModel(trial_id=trial.trial_id, objective=index, value=stored, value_type=kind)
+                )
+            _add(session, tables.TrialUserAttributeModel, trial.trial_id, user)
+            _add(session, tables.TrialSystemAttributeModel, trial.trial_id, system)
+        return True
+
+    # ---------------------------------------------------------------- reading
+
+    def candidates(self) -> list[Candidate]:
+        """All candidates in the order of their numbers."""
+        with storage_errors(self._storage.url):
+            trials = self._storage.get_all_trials(self._id, deepcopy=False)
+        return [self._candidate(t) for t in sorted(trials, key=lambda t: t.number)]
+
+    def candidate(self, number: int) -> Candidate:
+        """One candidate, as it is in the database."""
+        with storage_errors(self._storage.url):
+            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
+            return self._candidate(self._storage.get_trial(trial_id))
+
+    def scores(self, number: int, split: str) -> dict[str, Scores] | None:
+        """A candidate's stored scores with their items, or None if that split was not scored."""
+        with self._session() as session:
+            trial = self._row(session, number)
+            user = _attrs(session, tables.TrialUserAttributeModel, trial.trial_id)
+            system = _attrs(session, tables.TrialSystemAttributeModel, trial.trial_id)
+        found = {}
+        for name in self.header.objectives:
+            if f"value.{split}.{name}" not in user:
+                return None
+            pieces: list[str] = []
+            while (key := f"{ITEMS}:{split}:{name}:{len(pieces):03d}") in system:
+                pieces.append(system[key])
+            found[name] = Scores(
+                value=user[f"value.{split}.{name}"],
+                stderr=user[f"stderr.{split}.{name}"],
+                items=unpack("".join(pieces)),
+            )
+        return found
+
+    def frame(self) -> pd.DataFrame:
+        """All candidates as a pandas frame: number, state, label, values, standard errors, genes, attributes."""
+        import pandas as pd
+
+        rows = []
+        names = list(self.header.objectives)
+        for c in self.candidates():
+            row: dict[str, Any] = {"number": c.number, "state": c.state, "label": c.label}
+            row |= dict(zip(names, c.values or [float("nan")] * len(names), strict=True))
+            errors = c.stderr or [float("nan")] * len(names)
+            row |= {f"stderr.{n}": e for n, e in zip(names, errors, strict=True)}
+            row |= c.params or {}
+            row["reason"] = c.reason
+            for key in ("t_merge_s", "t_eval_s", "peak_bytes", "worker", "recipe_id", "same_as"):
+                row[key] = c.attrs.get(key)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _candidate(self, trial: optuna.trial.FrozenTrial) -> Candidate:
+        attrs = trial.user_attrs
+        state = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed"}.get(trial.state, "running")
+        done = state == "done"
+        names = self.header.objectives
+        return Candidate(
+            number=trial.number,
+            state=state,
+            label=attrs.get("label"),
+            recipe=Recipe.from_yaml(attrs["recipe"], f"candidate {trial.number}"),
+            params=dict(trial.params) or None,
+            values=tuple(trial.values) if done else None,
+            stderr=tuple(attrs[f"stderr.search.{n}"] for n in names) if done else None,
+            arrival=attrs.get("arrival"),
+            reason=attrs.get("reason"),
+            attrs=attrs,
+        )
+
+    # ---------------------------------------------------------------- one controller at a time
+
+    def acquire(self) -> None:
+        """Take the lease: this process alone may write.
+
+        Raises:
+            StudyConflict: another living process holds it.
+        """
+        held = self._storage.get_study_system_attrs(self._id).get(LEASE)
+        if held:
+            lease = json.loads(held)
+            if alive(lease):
+                age = time.time() - lease["beat"]
+                raise StudyConflict(
+                    f"the study {self.name!r} is being searched by process {lease['pid']} on "
+                    f"{lease['host']} (seen {age:.0f} s ago)",
+                    hint="wait for it, or stop it",
+                )
+        self.beat()
+
+    def beat(self) -> None:
+        """Renew the lease."""
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()),
+            "beat": time.time(),
+        }
+        with storage_errors(self._storage.url):
+            self._storage.set_study_system_attr(self._id, LEASE, json.dumps(mine))
+
+    def release(self) -> None:
+        """Give the lease back."""
+        with storage_errors(self._storage.url):
+            self._storage.set_study_system_attr(self._id, LEASE, "")
+
+    @contextmanager
+    def _session(self) -> Iterator[Any]:
+        sessions = self._storage.scoped_session
+        with storage_errors(self._storage.url), sessions() as session, session.begin():
+            yield session
+        sessions.remove()
+
+    def _row(self, session: Any, number: int) -> Any:
+        row = session.query(tables.TrialModel).filter_by(study_id=self._id, number=number).one_or_none()
+        if row is None:
+            raise StorageError(f"the study {self.name!r} has no candidate {number}")
+        return row
+
+
+def study_names(storage: RDBStorage) -> list[str]:
+    """Names of all studies in the database, in order of creation."""
+    return [s.study_name for s in storage.get_all_studies()]
+
+
+def _add(session: Any, table: Any, trial_id: int, rows: Mapping[str, Any]) -> None:
+    for key, value in rows.items():
+        session.add(table(trial_id=trial_id, key=key, value_json=json.dumps(value)))
+
+
+def _attrs(session: Any, table: Any, trial_id: int) -> dict[str, Any]:
+    rows = session.query(table).filter_by(trial_id=trial_id).all()
+    return {row.key: json.loads(row.value_json) for row in rows}
+
+
+def _score_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:
+    return {
+        f"{kind}.{split}.{name}": getattr(score, kind)
+        for split, by_name in scores.items()
+        for name, score in by_name.items()
+        for kind in ("value", "stderr")
+    }
+
+
+def _item_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
+    packed = {}
+    for split, by_name in scores.items():
+        for name, score in by_name.items():
+            text = pack(score.items)
+            for k, start in enumerate(range(0, max(1, len(text)), PIECE_CHARS)):
+                packed[f"{ITEMS}:{split}:{name}:{k:03d}"] = text[start : start + PIECE_CHARS]
+    return packed
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,146 @@
+"""The worker: owns the resident weights and the one live model, and evaluates candidates."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from evomerge import faults
+from evomerge.model import LiveModel
+from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
+from evomerge.recipe import Recipe
+from evomerge.weights import Weights
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker needs, as plain data: weights travel by path, never as tensors.
+
+    Attributes:
+        base: checkpoint folder; gives the architecture and the tokenizer.
+        models: folders of all checkpoints to keep resident, base first.
+        objectives: in the study's order.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads for arithmetic; 0 leaves torch's default.
+        dtype: name of a torch dtype for the live model; None keeps the base's.
+        allowed_s: longest time for one candidate before its worker is replaced; None is no limit.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    objectives: tuple[ObjectiveSpec, ...]
+    device: str = "cpu"
+    threads: int = 0
+    dtype: str | None = None
+    allowed_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to score: a candidate's number and recipe, and the splits wanted."""
+
+    number: int
+    recipe: Recipe
+    splits: tuple[str, ...] = ("search",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker found out about one job.
+
+    Attributes:
+        scores: split -> objective -> Scores.
+        merge_s, eval_s: wall-clock seconds of merging and of scoring.
+        peak_bytes: largest memory of the worker during the job (device memory on CUDA).
+        worker: which process did it.
+    """
+
+    number: int
+    scores: dict[str, dict[str, Scores]]
+    merge_s: float
+    eval_s: float
+    peak_bytes: int
+    worker: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job without scores: the reason in one word and a message for people.
+
+    Reasons: weights, logits, scores (not finite), oom, timeout, crash, error.
+    """
+
+    number: int
+    reason: str
+    message: str
+
+
+@dataclass
+class Worker:
+    """Weights, model and objectives in one process. A plain class; pools run it elsewhere."""
+
+    spec: WorkerSpec
+    on_stage: Callable[[str], None] = field(default=lambda stage: None)
+
+    def __post_init__(self) -> None:
+        if self.spec.threads:
+            torch.set_num_threads(self.spec.threads)
+        dtype = getattr(torch, self.spec.dtype) if self.spec.dtype else None
+        self.weights = Weights(self.spec.models, self.spec.device)
+        self.live = LiveModel(self.spec.base, self.spec.device, dtype)
+        self.objectives: list[Objective] = [make_objective(o) for o in self.spec.objectives]
+
+    def evaluate(self, job: Job) -> Outcome:
+        """Merge the job's recipe into the live model and score it.
+
+        Raises:
+            CandidateFailure: this candidate has no scores (non-finite weights or logits).
+        """
+        _reset_peak(self.live.device)
+        started = time.perf_counter()
+        self.on_stage("merging")
+        faults.point("merging")
+        self.live.install(job.recipe, self.weights)
+        merged = time.perf_counter()
+        self.on_stage("scoring")
+        scores: dict[str, dict[str, Scores]] = {}
+        for split in job.splits:
+            scores[split] = {}
+            for objective in self.objectives:
+                faults.point("scoring")
+                scores[split][objective.name] = objective.score(self.live, split)
+        return Outcome(
+            number=job.number,
+            scores=scores,
+            merge_s=merged - started,
+            eval_s=time.perf_counter() - merged,
+            peak_bytes=_peak_bytes(self.live.device),
+            worker=f"{os.uname().nodename}:{os.getpid()}",
+        )
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
