@@ -40,8 +40,8 @@ def merge_tensor(
 
     `compat: paper` works in float32 (float64 where an input has it) and rounds once, to
     `out_dtype`, else the recipe's out_dtype, else its dtype, else the dtype of the base or first
-    input. `compat: mergekit` casts every input to the recipe's dtype on load and experts to the
-    base's dtype, works in that dtype, and casts to out_dtype at the end.
+    input. `compat: mergekit` casts every input to the recipe's dtype, or to the common dtype of
+    all inputs if it has none, works in that dtype, and casts to out_dtype at the end.
 
     Pure copies (weights that select the base or one expert, integer tensors, rotary caches) keep
     every bit, signed zeros included. A pure copy that needs no cast IS the source tensor, so the
@@ -90,11 +90,10 @@ def _out_dtype(recipe: Recipe, donor: Tensor) -> torch.dtype:
 def _cast_like_mergekit(
     base: Tensor | None, experts: list[Tensor], recipe: Recipe
 ) -> tuple[Tensor | None, list[Tensor]]:
+    """Casts everything to the recipe's dtype, or without one to the common (promoted) dtype."""
+    every = experts if base is None else [base, *experts]
     if recipe.dtype is not None:
-        loaded = torch_dtype(recipe.dtype)
-        base = None if base is None else base.to(loaded)
-        experts = [expert.to(loaded) for expert in experts]
-    if base is not None:
-        return base, [expert.to(base.dtype) for expert in experts]
-    common = reduce(torch.promote_types, (expert.dtype for expert in experts))
-    return base, [expert.to(common) for expert in experts]
+        dtype = torch_dtype(recipe.dtype)
+    else:
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in every))
+    return None if base is None else base.to(dtype), [expert.to(dtype) for expert in experts]

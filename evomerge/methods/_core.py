@@ -143,6 +143,8 @@ class Method:
     n_experts: tuple[int, int | None]
     mergekit: bool  # mergekit has a method of this name
     random: bool  # its result depends on the seed
+    symmetric: bool  # the order of the experts does not count (up to rounding)
+    identity: bool  # one expert at the defaults (required ones at their top) gives that expert
 
     def parameter(self, name: str) -> Param | None:
         """Returns the parameter with the YAML key `name`, or None."""
@@ -197,10 +199,14 @@ def method(
     n_experts: tuple[int, int | None] = (1, None),
     mergekit: bool = False,
     random: bool = False,
+    symmetric: bool = True,
+    identity: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Method]:
     """Registers the decorated function as the merge method `name`.
 
-    `n_experts` is (fewest, most or None), the base not counted when `needs_base`.
+    `n_experts` is (fewest, most or None), the base not counted when `needs_base`. The last four
+    say what is true of the method; `evomerge.testing.check_method` checks `random`, `symmetric`
+    and `identity`.
 
     Raises:
         TypeError: when a keyword parameter has no usable annotation.
@@ -218,6 +224,8 @@ def method(
             n_experts=n_experts,
             mergekit=mergekit,
             random=random,
+            symmetric=symmetric,
+            identity=identity,
         )
         registry.register("methods", name, made, module=function.__module__)
         return made

@@ -37,7 +37,7 @@ def linear(
             reason="weights_cancel",
         )
     if not x.paper:
-        return _mergekit(x, weights, normalize)
+        return _mergekit(x, weights, divisor)
     factors = [w / divisor for w in weights]
     active = [i for i, factor in enumerate(factors) if factor != 0.0]
     if not active:
@@ -50,9 +50,10 @@ def linear(
     return total
 
 
-def _mergekit(x: Inputs, weights: tuple[float, ...], normalize: bool) -> Tensor:
-    stack = torch.stack(x.experts)
-    factors = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
-    factors = factors.reshape(-1, *[1] * (stack.ndim - 1))
-    total = (stack * factors).sum(dim=0)
-    return total / factors.sum(dim=0) if normalize else total
+def _mergekit(x: Inputs, weights: tuple[float, ...], divisor: float) -> Tensor:
+    """mergekit 0.1.5 sums in float32, divides at the end and rounds once to the inputs' dtype."""
+    dtype = torch.promote_types(x.experts[0].dtype, torch.float32)
+    total = torch.zeros_like(x.experts[0], dtype=dtype)
+    for expert, weight in zip(x.experts, weights, strict=True):
+        total.add_(expert.to(dtype) * weight)
+    return total.div_(divisor).to(x.experts[0].dtype)

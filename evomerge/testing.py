@@ -1,0 +1,231 @@
+"""Contract tests that every merge method must pass; use them for your own in one line.
+
+    from evomerge.testing import METHOD_CHECKS
+
+    @pytest.mark.parametrize("check", METHOD_CHECKS)
+    def test_my_method(check):
+        check(my_method)
+
+Every check raises AssertionError with the method's name and what does not hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge import registry
+from evomerge.methods import Inputs, Method
+
+SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (5, 1), (1, 6), (6, 9), (2, 3, 4), (0,))
+
+
+def make_inputs(method: Method, k: int, shape: tuple[int, ...] = (6, 9), *, seed: int = 0) -> Inputs:
+    """Returns float32 inputs for `method` with k experts near the base, -0.0 and zeros included."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    experts = [base + 0.3 * torch.randn(shape, generator=generator) for _ in range(k)]
+    for tensor in (base, *experts):
+        tensor.view(-1)[:3] = torch.tensor([-0.0, 0.0, 1e-40])[: tensor.numel()]
+    return Inputs("model.layers.0.mlp.up_proj.weight", base if method.needs_base else None, tuple(experts), seed=11)
+
+
+def example_parameters(method: Method, k: int) -> dict[str, Any]:
+    """Returns one value inside its search range for every parameter that has a range.
+
+    Per-expert parameters get k different values.
+    """
+    result: dict[str, Any] = {}
+    for param in method.parameters:
+        if param.low is None or param.high is None:
+            continue
+        steps = range(1, k + 1) if param.per_expert else (1,)
+        width = param.high - param.low
+        values = [param.low + width * step / (k + 1) for step in steps]
+        result[param.name] = values if param.per_expert else values[0]
+    return result
+
+
+def check_description(method: Method) -> None:
+    """The method is registered, says what it does and where it comes from; ranges make sense."""
+    _require(registry.get("methods", method.name) is method, method, "is not registered")
+    _require(bool(method.summary) and bool(method.source), method, "needs a docstring and a source")
+    for param in method.parameters:
+        if param.low is not None and param.high is not None:
+            _require(param.low < param.high, method, f"{param.name}: empty range")
+            _require(not param.log or param.low > 0, method, f"{param.name}: log range from <= 0")
+        if param.kind == "choice" and isinstance(param.default, str):
+            _require(param.default in param.choices, method, f"{param.name}: default not a choice")
+
+
+def check_no_writes(method: Method) -> None:
+    """The inputs are the same bits after the call, under both kinds of arithmetic."""
+    for k, compat in itertools.product(_counts(method), ("paper", "mergekit")):
+        x = replace(make_inputs(method, k), compat=compat)
+        before = [_bits(tensor).clone() for tensor in _tensors(x)]
+        method(x, **example_parameters(method, k))
+        same = all(torch.equal(a, _bits(b)) for a, b in zip(before, _tensors(x), strict=True))
+        _require(same, method, f"wrote to its inputs (k={k}, compat={compat})")
+
+
+def check_shapes(method: Method) -> None:
+    """Every shape gives a finite result of that shape and dtype: scalars and empty ones too."""
+    for shape, k in itertools.product(SHAPES, _counts(method)):
+        x = make_inputs(method, k, shape)
+        result = method(x, **example_parameters(method, k))
+        good = result.shape == shape and result.dtype == torch.float32
+        _require(good and bool(result.isfinite().all()), method, f"shape {shape}, k={k}")
+
+
+def check_identity(method: Method) -> None:
+    """One expert at the defaults is returned bit for bit, if the method says `identity`."""
+    if not method.identity or method.n_experts[0] > 1:
+        return
+    top = {param.name: param.high for param in method.parameters if param.required}
+    for shape in SHAPES:
+        x = make_inputs(method, 1, shape)
+        same = torch.equal(_bits(method(x, **top)), _bits(x.experts[0]))
+        _require(same, method, f"one expert is not returned exactly (shape {shape})")
+
+
+def check_zero_lambda(method: Method) -> None:
+    """lambda = 0 returns the base bit for bit."""
+    if not method.needs_base or method.parameter("lambda") is None:
+        return
+    for k in _counts(method):
+        x = make_inputs(method, k)
+        result = method(x, **{**example_parameters(method, k), "lambda": 0.0})
+        _require(torch.equal(_bits(result), _bits(x.reference)), method, "lambda 0 is not the base")
+
+
+def check_zero_deltas(method: Method) -> None:
+    """Experts equal to the base give the base: no division by a norm that is zero."""
+    if not method.needs_base:
+        return
+    for k in _counts(method):
+        x = make_inputs(method, k)
+        x = replace(x, experts=(x.reference.clone(),) * k)
+        result = method(x, **example_parameters(method, k))
+        close = torch.allclose(result, x.reference, rtol=1e-6, atol=1e-7)
+        _require(close, method, f"zero task vectors move the base (k={k})")
+
+
+def check_permutation(method: Method) -> None:
+    """The order of the experts does not count, their parameters and streams going with them."""
+    for k in _counts(method) if method.symmetric else ():
+        x, parameters = make_inputs(method, k), example_parameters(method, k)
+        expected = method(x, **parameters)
+        for order in itertools.permutations(range(k)):
+            moved = {
+                name: [value[i] for i in order] if isinstance(value, list) else value
+                for name, value in parameters.items()
+            }
+            y = replace(x, experts=tuple(x.experts[i] for i in order), streams=tuple(order))
+            close = torch.allclose(method(y, **moved), expected, rtol=1e-5, atol=1e-6)
+            _require(close, method, f"the order {order} of the experts changes the result")
+
+
+def check_seed(method: Method) -> None:
+    """The result depends on the seed if and only if the method says `random`, and repeats."""
+    k = max(_counts(method))
+    x, parameters = make_inputs(method, k), example_parameters(method, k)
+    state = torch.get_rng_state()
+    first = method(x, **parameters)
+    _require(torch.equal(_bits(first), _bits(method(x, **parameters))), method, "does not repeat")
+    _require(torch.equal(state, torch.get_rng_state()), method, "uses torch's global generator")
+    other = method(replace(x, seed=x.seed + 1), **parameters)
+    changed = not torch.equal(_bits(first), _bits(other))
+    _require(changed == method.random, method, f"random={method.random}, seed matters: {changed}")
+
+
+def check_nan_stays_visible(method: Method) -> None:
+    """A NaN in a model makes a NaN in the result: masks must not hide a broken checkpoint."""
+    for k in _counts(method):
+        x = make_inputs(method, k)
+        broken = x.experts[0].clone()
+        broken.view(-1)[4:8] = float("nan")
+        x = replace(x, experts=(broken, *x.experts[1:]))
+        result = method(x, **example_parameters(method, k)).view(-1)
+        _require(bool(result[4:8].isnan().all()), method, f"hides a NaN (k={k})")
+
+
+METHOD_CHECKS: tuple[Callable[[Method], None], ...] = (
+    check_description,
+    check_no_writes,
+    check_shapes,
+    check_identity,
+    check_zero_lambda,
+    check_zero_deltas,
+    check_permutation,
+    check_seed,
+    check_nan_stays_visible,
+)
+
+
+def check_method(method: Method) -> None:
+    """Runs every check on one method."""
+    for check in METHOD_CHECKS:
+        check(method)
+
+
+def method_digests(names: Iterable[str]) -> dict[str, str]:
+    """Returns a hash of the bits that each named method computes from fixed inputs."""
+    result = {}
+    for name in names:
+        method: Method = registry.get("methods", name)
+        k = max(_counts(method))
+        merged = method(make_inputs(method, k, (33, 65)), **example_parameters(method, k))
+        result[name] = hashlib.sha256(merged.numpy().tobytes()).hexdigest()
+    return result
+
+
+def check_processes(names: Iterable[str] | None = None, hash_seeds: Iterable[int] = (1, 2)) -> None:
+    """Fresh processes with other hash seeds and thread counts compute the same bits as this one."""
+    wanted = list(registry.names("methods") if names is None else names)
+    here = method_digests(wanted)
+    code = (
+        "import json, sys; from evomerge.testing import method_digests; print(json.dumps(method_digests(sys.argv[1:])))"
+    )
+    for number, hash_seed in enumerate(hash_seeds):
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": str(hash_seed),
+            "OMP_NUM_THREADS": str(1 + number),
+        }
+        output = subprocess.run(
+            [sys.executable, "-c", code, *wanted],
+            env=environment, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        there = json.loads(output)
+        changed = [name for name in wanted if here[name] != there[name]]
+        if changed:
+            raise AssertionError(f"other bits in another process: {', '.join(changed)}")
+
+
+def _counts(method: Method) -> tuple[int, ...]:
+    """Returns numbers of experts to try: the fewest, and three if the method takes them."""
+    low, high = method.n_experts
+    return tuple(sorted({low, max(low, min(3, high or 3))}))
+
+
+def _tensors(x: Inputs) -> tuple[Tensor, ...]:
+    return x.experts if x.base is None else (x.base, *x.experts)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int32)
+
+
+def _require(holds: bool, method: Method, message: str) -> None:
+    if not holds:
+        raise AssertionError(f"method {method.name}: {message}")
