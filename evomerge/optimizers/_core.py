@@ -1,0 +1,157 @@
+"""What every optimizer is: goals, results, the ask/tell protocol, and `make`.
+
+An optimizer's state is a pure function of the sequence of results that it was told. A resumed search replays
+that sequence and never asks again, so `ask` may not change anything that a later `ask` depends on, and it
+draws from `rng_for(seed, number)` only. Nothing here knows recipes, genes or the study: points are numpy
+vectors in the unit cube, and values are larger-is-better.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge import registry
+from evomerge.errors import ConfigError, Problem
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One objective as an optimizer sees it: a name and, where they exist, the bounds of its values.
+
+    Values are larger-is-better, so an objective to be minimised arrives with its sign changed, and its
+    bounds with it. `lower` and `upper` (both given) switch the surrogate to a logit link.
+    """
+
+    name: str
+    lower: float | None = None
+    upper: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The outcome of candidate `number`.
+
+    `x` is its point `(d,)` in the unit cube, or None where the recipe lies outside the space. `values` `(m,)`
+    are larger-is-better, or None where the candidate failed. `stderr` `(m,)` holds the standard errors
+    of the values; NaN or None where unknown.
+    """
+
+    number: int
+    x: Array | None
+    values: Array | None
+    stderr: Array | None = None
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """Ask for points, tell results."""
+
+    def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
+        """Return the point `(d,)` in [0, 1]^d for candidate `number`; `pending` are points still running."""
+
+    def tell(self, result: Result) -> None:
+        """Take one result, in the study's order; failed and out-of-space results are welcome."""
+
+
+def rng_for(seed: int, number: int) -> np.random.Generator:
+    """Return the one generator that `ask(number)` may draw from."""
+    return np.random.default_rng([seed, number])
+
+
+def usable(result: Result, dim: int, n_goals: int) -> tuple[Array, Array, Array] | None:
+    """Return private copies of (x, values, stderr), or None if there is nothing to learn from.
+
+    Failed results, results outside the space and non-finite values give None; unknown errors become NaN.
+
+    Raises:
+        ValueError: x or values have the wrong length (a bug of the caller, not of a candidate).
+    """
+    if result.x is None or result.values is None:
+        return None
+    x = np.array(result.x, dtype=np.float64)
+    values = np.array(result.values, dtype=np.float64)
+    if x.shape != (dim,) or values.shape != (n_goals,):
+        raise ValueError(
+            f"tell(candidate {result.number}): x {x.shape} and values {values.shape} do not fit "
+            f"an optimizer with {dim} dimensions and {n_goals} goals"
+        )
+    if not (np.isfinite(x).all() and np.isfinite(values).all()):
+        return None
+    stderr = np.full(n_goals, np.nan)
+    if result.stderr is not None:
+        given = np.asarray(result.stderr, dtype=np.float64)
+        if given.shape == (n_goals,):
+            stderr = np.where(np.isfinite(given) & (given >= 0), given, np.nan)
+    return np.clip(x, 0.0, 1.0), values, stderr
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    above: bool = False,
+) -> None:
+    """Raise ConfigError unless the option is a number in [low, high] (`above`: in (low, high])."""
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if isinstance(value, (int, float)) and right_type and low <= value <= high and not (above and value == low):
+        return
+    expected = ("a whole number" if whole else "a number") + (f" above {low:g}" if above else f" from {low:g}")
+    expected += f" to {high:g}" if math.isfinite(high) else " on"
+    problem = Problem(f"{name} is {value!r}", where=f"optimizer.{name}", hint=f"{expected}")
+    raise ConfigError.of([problem], "the optimizer's options")
+
+
+def make(
+    name: str,
+    dim: int,
+    goals: Sequence[Goal],
+    seed: int,
+    start: Array,
+    options: Mapping[str, Any] | None = None,
+) -> Optimizer:
+    """Return the optimizer registered as `name`.
+
+    `start` `(d,)` is a sensible point to begin from (unit cube). The options are the keyword-only parameters of
+    the optimizer's class.
+
+    Raises:
+        ConfigError: unknown optimizer, unknown option, or an option's value out of range.
+        ValueError: no dimension, no goal, a negative seed, or a start of the wrong shape.
+    """
+    start = np.array(start, dtype=np.float64)
+    if dim < 1 or not goals or seed < 0 or start.shape != (dim,):
+        raise ValueError(
+            f"make({name!r}): need dim >= 1, goals, seed >= 0 and a start of shape (dim,); got "
+            f"dim={dim}, {len(goals)} goals, seed={seed}, start {start.shape}"
+        )
+    factory: Callable[..., Optimizer] = registry.get("optimizers", name)
+    known = option_defaults(factory)
+    problems = []
+    for key in options or {}:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known) or 'none'}"
+            problems.append(Problem(f"{name} has no option {key!r}", f"optimizer.{key}", hint))
+    if problems:
+        raise ConfigError.of(problems, "the optimizer's options")
+    start = np.clip(start, 0.0, 1.0)
+    return factory(dim, tuple(goals), seed, start, **dict(options or {}))
+
+
+def option_defaults(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options of an optimizer with their defaults: its keyword-only parameters."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
