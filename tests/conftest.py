@@ -52,8 +52,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for parameter in base.parameters():
                 parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter)
         base.save_pretrained(root / name)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tokenizer / file, root / name / file)
+        shutil.copy(tokenizer / "tokenizer.json", root / name / "tokenizer.json")
+        special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "!", "pad_token": "!"}
+        (root / name / "tokenizer_config.json").write_text(json.dumps(special))
         if name != "base":
             base = LlamaForCausalLM.from_pretrained(root / "base")
     write_tasks(root)

@@ -16,7 +16,7 @@ import yaml
 from evomerge.errors import ConfigError, Problem
 
 MAX_BYTES = 1_000_000
-DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
+DATA_TAGS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge", "value")
 
 
 def load_local_task(path: Path, *, allow_code: bool) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[Problem]:
     def walk(at: yaml.Node | None, key: str) -> None:
         if at is None:
             return
-        if not at.tag.startswith("tag:yaml.org,2002:"):
+        if at.tag.removeprefix("tag:yaml.org,2002:") not in DATA_TAGS:
             note(f"the tag {at.tag} names code to run", at)
         if isinstance(at, yaml.ScalarNode):
             _check_scalar(at, key)

@@ -207,6 +207,11 @@ class LmEvalObjective:
                 f"objective {self.name} has no {split} split",
                 hint=f"name one under `splits:`; it has {', '.join(named)}",
             )
+        if named[split] not in self._dataset_splits():
+            known = ", ".join(self._dataset_splits())
+            raise ConfigError(
+                f"objective {self.name}: the data set has no split {named[split]!r}", hint=f"it has {known}"
+            )
         return self._build({"test_split": named[split]})
 
     def _build(self, overrides: dict[str, Any]) -> Any:
@@ -229,9 +234,6 @@ class LmEvalObjective:
             ) from error
         task = next(iter(loaded["tasks"].values()))
         task.set_fewshot_seed(FEWSHOT_SEED)
-        wanted = overrides.get("test_split")
-        if wanted is not None and wanted not in task.dataset:
-            raise ConfigError(f"{where}: the data set has no split {wanted!r}")
         return task
 
     def _configuration(self) -> dict[str, Any]:
