@@ -1,0 +1,166 @@
+"""Pools: the same outcomes everywhere; dead, slow and broken workers are replaced and their jobs accounted for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evomerge.errors import EvomergeError
+from evomerge.objectives import ObjectiveSpec
+from evomerge.pool import InlinePool, LocalPool, Pool, RayPool
+from evomerge.recipe import Recipe
+from evomerge.worker import Failed, Job, Outcome, WorkerSpec
+
+EXPERTS = ("red", "green", "blue")
+OBJECTIVES = (
+    ObjectiveSpec("pick", "lm_eval", {"file": "pick.yaml", "batch_size": 16}),
+    ObjectiveSpec("text", "perplexity", {"files": {"search": "text.search.txt"}}),
+)
+SPEC = WorkerSpec("base", ("base", *EXPERTS), OBJECTIVES, threads=1, allowed_s=120)
+
+
+def job(number: int, weight: float, **parameters: float) -> Job:
+    experts = {e: {"weight": weight} for e in EXPERTS}
+    return Job(number, Recipe.build("task_arithmetic", "base", experts, parameters=parameters))
+
+
+def collect(pool: Pool, count: int, limit_s: float = 120) -> dict[int, Outcome | Failed]:
+    found: dict[int, Outcome | Failed] = {}
+    started = time.monotonic()
+    while len(found) < count:
+        assert time.monotonic() - started < limit_s, f"only {sorted(found)} of {count} after {limit_s} s"
+        for result in pool.wait(0.5):
+            assert result.number not in found, "a job was answered twice"
+            found[result.number] = result
+    return found
+
+
+@pytest.fixture(params=["inline", "local", "ray"])
+def pool(request: pytest.FixtureRequest, work: Path) -> Iterator[Pool]:
+    made: Pool
+    if request.param == "inline":
+        made = InlinePool(SPEC)
+    elif request.param == "local":
+        made = LocalPool(SPEC, 2)
+    else:
+        made = RayPool(SPEC, 2)
+    yield made
+    made.close()
+
+
+def test_outcomes_do_not_depend_on_where_they_are_computed(pool: Pool, work: Path) -> None:
+    for number in range(4):
+        pool.submit(job(number, 0.2 * number))
+    found = collect(pool, 4)
+    here = InlinePool(SPEC)
+    for number in range(4):
+        here.submit(job(number, 0.2 * number))
+        expected, got = here.wait(1)[0], found[number]
+        assert isinstance(expected, Outcome) and isinstance(got, Outcome)
+        for name, score in expected.scores["search"].items():
+            assert np.array_equal(got.scores["search"][name].items, score.items)
+        assert got.peak_bytes > 0 and got.merge_s > 0 and got.eval_s > 0
+
+
+def test_a_candidate_without_finite_weights_is_a_failure_and_the_next_one_is_fine(pool: Pool) -> None:
+    pool.submit(job(0, 1e38, **{"lambda": 1e38}))
+    pool.submit(job(1, 0.5))
+    found = collect(pool, 2)
+    bad = found[0]
+    assert isinstance(bad, Failed) and bad.reason == "weights" and "embed_tokens" in bad.message
+    assert isinstance(found[1], Outcome)
+
+
+def test_an_objective_that_raises_is_a_failure_with_its_traceback(work: Path) -> None:
+    here = InlinePool(replace(SPEC, objectives=(ObjectiveSpec("t", "perplexity", {"files": {"search": "gone"}}),)))
+    here.submit(job(0, 0.5))
+    result = here.wait(1)[0]
+    assert isinstance(result, Failed) and result.reason == "error" and "FileNotFoundError" in result.message
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_candidate_that_always_kills_its_worker_is_tried_twice_and_no_more(
+    kind: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_FAULT", "merging:2")  # in every worker, the second job it gets
+    made: Pool = LocalPool(SPEC, 1) if kind == "local" else RayPool(SPEC, 1)
+    try:
+        made.submit(job(0, 0.1))
+        assert isinstance(collect(made, 1)[0], Outcome)
+        made.submit(job(1, 0.2))  # kills the first worker; the second one does it as its first job
+        assert isinstance(collect(made, 1)[1], Outcome)
+    finally:
+        made.close()
+    monkeypatch.setenv("EVOMERGE_FAULT", "merging:1")
+    made = LocalPool(SPEC, 1) if kind == "local" else RayPool(SPEC, 1)
+    try:
+        made.submit(job(2, 0.1))
+        result = collect(made, 1)[2]
+        assert isinstance(result, Failed) and result.reason == "crash"
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_slow_candidate_is_a_timeout_and_its_worker_is_replaced(kind: str, work: Path) -> None:
+    slow = replace(SPEC, allowed_s=0.001)
+    made: Pool = LocalPool(slow, 1) if kind == "local" else RayPool(slow, 1)
+    try:
+        for number in range(2):
+            made.submit(job(number, 0.1))
+            result = collect(made, 1)[number]
+            assert isinstance(result, Failed) and result.reason == "timeout"
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("kind", ["inline", "local", "ray"])
+def test_workers_that_cannot_start_say_why(kind: str, work: Path) -> None:
+    broken = replace(SPEC, base="nowhere", models=("nowhere",))
+    with pytest.raises(EvomergeError, match="no checkpoint folder at nowhere"):
+        made: Pool = (
+            InlinePool(broken)
+            if kind == "inline"
+            else (LocalPool(broken, 1) if kind == "local" else RayPool(broken, 1))
+        )
+        try:
+            made.submit(job(0, 0.1))
+            collect(made, 1, 60)
+        finally:
+            made.close()
+
+
+def test_no_worker_outlives_a_controller_that_was_killed(work: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from tests.test_pool import SPEC, LocalPool, collect, job\n"
+        "if __name__ == '__main__':\n"
+        "    pool = LocalPool(SPEC, 2)\n"
+        "    pool.submit(job(0, 0.1))\n"
+        "    collect(pool, 1)\n"
+        "    print(*[s.process.pid for s in pool._slots], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (work / "hold.py").write_text(script)
+    root = str(Path(__file__).parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "hold.py"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert process.stdout is not None
+    workers = [int(p) for p in process.stdout.readline().split()]
+    assert len(workers) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{p}").exists() for p in workers):
+        assert time.monotonic() < deadline, "workers are still alive"
+        time.sleep(0.1)

@@ -1,0 +1,270 @@
+"""The record: one transaction per step, first writer wins, readable by Optuna, refused when it is another's."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from evomerge.errors import StorageError, StudyConflict
+from evomerge.objectives import Scores
+from evomerge.recipe import Recipe
+from evomerge.storage import mask, pack, process_start, storage_problem, unpack
+from evomerge.study import Header, Study
+
+BOUNDS = {"red.weight": (0.0, 1.2, False), "blue.density": (0.05, 1.0, True)}
+RECIPE = Recipe.build("task_arithmetic", "base", {"red": {"weight": 0.25}, "blue": {"weight": 0.5}})
+
+
+def header(**identity: object) -> Header:
+    return Header({"seed": 1, **identity}, {"acc": True, "bits": False}, {"text": "name: x\n"}, {"torch": "2"})
+
+
+def scores(value: float, n: int = 8) -> dict[str, dict[str, Scores]]:
+    items = np.linspace(0, 2 * value, n)
+    return {
+        "search": {
+            "acc": Scores(value, 0.1, items),
+            "bits": Scores(3 - value, 0.2, np.stack([items, items + 1], axis=1)),
+        }
+    }
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'runs' / 'x' / 'ledger.db'}"
+
+
+def test_a_candidate_is_recorded_and_read_back_exactly(url: str) -> None:
+    study = Study.create(url, "x", header())
+    params = {"red.weight": 0.1 + 0.2, "blue.density": 0.3}
+    assert study.propose(RECIPE, params, BOUNDS) == 0
+    assert study.candidates()[0].state == "running"
+    assert study.finish(0, scores(0.7), 0, {"t_merge_s": 0.5, "t_eval_s": 1.5})
+    again = Study.load(url, "x").candidates()[0]
+    assert (again.state, again.values, again.stderr) == ("done", (0.7, 2.3), (0.1, 0.2))
+    assert again.params == params
+    assert again.recipe == RECIPE
+    assert again.arrival == 0
+    stored = study.scores(0, "search")
+    assert stored is not None
+    for name, expected in scores(0.7)["search"].items():
+        assert np.array_equal(stored[name].items, expected.items)
+    assert study.scores(0, "test") is None
+
+
+def test_recipes_outside_the_space_and_failures_are_recorded(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, None, BOUNDS, "uniform soup")
+    study.fail(0, "weights", "merged tensor q holds NaN", 0)
+    candidate = study.candidate(0)
+    assert (candidate.state, candidate.reason, candidate.params) == ("failed", "weights", None)
+    assert candidate.label == "uniform soup"
+    assert candidate.attrs["message"] == "merged tensor q holds NaN"
+
+
+def test_the_first_writer_wins(url: str) -> None:
+    study, other = Study.create(url, "x", header()), Study.load(url, "x")
+    study.propose(RECIPE, None, BOUNDS)
+    assert study.finish(0, scores(0.7), 0, {})
+    assert not other.finish(0, scores(0.1), 0, {})
+    assert not other.fail(0, "crash", "late", 0)
+    assert study.candidate(0).values == (0.7, 2.3)
+
+
+def test_further_splits_are_stored_once(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, None, BOUNDS)
+    study.finish(0, scores(0.7), 0, {})
+    assert study.add_scores(0, "test", scores(0.6)["search"])
+    assert not study.add_scores(0, "test", scores(0.9)["search"])
+    stored = Study.load(url, "x").scores(0, "test")
+    assert stored is not None and stored["acc"].value == 0.6
+
+
+def test_values_must_be_finite(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, None, BOUNDS)
+    with pytest.raises(ValueError, match="finite"):
+        study.finish(0, scores(float("nan")), 0, {})
+    assert study.candidate(0).state == "running"
+
+
+def test_large_item_arrays_are_cut_into_pieces_that_every_database_holds(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, None, BOUNDS)
+    noise = np.random.default_rng(0).normal(size=50_000)
+    both = {name: Scores(0.5, 0.1, noise) for name in ("acc", "bits")}
+    study.finish(0, {"search": both}, 0, {})
+    stored = study.scores(0, "search")
+    assert stored is not None and np.array_equal(stored["bits"].items, noise)
+    path = url.removeprefix("sqlite:///")
+    longest = sqlite3.connect(path).execute("select max(length(value_json)) from trial_system_attributes").fetchone()
+    assert 50_000 < longest[0] <= 60_000
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    hnp.arrays(
+        np.float64,
+        hnp.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=20),
+        elements=st.floats(allow_nan=True, allow_infinity=True),
+    )
+)
+def test_packing_is_exact(array: np.ndarray) -> None:
+    again = unpack(pack(array))
+    assert again.shape == array.shape
+    assert again.tobytes() == array.tobytes()
+
+
+def test_sqlite_is_durable(url: str) -> None:
+    study = Study.create(url, "x", header())
+    for each in (study, Study.load(url, "x")):
+        with each._storage.engine.connect() as connection:
+            assert connection.exec_driver_sql("pragma journal_mode").scalar() == "wal"
+            assert connection.exec_driver_sql("pragma synchronous").scalar() == 2  # FULL
+
+
+def test_optuna_reads_it_as_one_of_its_own(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, {"red.weight": 0.25, "blue.density": 0.5}, BOUNDS)
+    study.finish(0, scores(0.7), 0, {"t_merge_s": 0.5})
+    loaded = optuna.load_study(study_name="x", storage=url)
+    assert loaded.metric_names == ["acc", "bits"]
+    assert [d.name for d in loaded.directions] == ["MAXIMIZE", "MINIMIZE"]
+    trial = loaded.trials[0]
+    assert trial.params == {"red.weight": 0.25, "blue.density": 0.5}
+    assert trial.values == [0.7, 2.3]
+    assert Recipe.from_yaml(trial.user_attrs["recipe"]) == RECIPE
+    assert trial.user_attrs["stderr.search.acc"] == 0.1
+    assert trial.datetime_start is not None and trial.datetime_complete is not None
+    assert trial.datetime_complete >= trial.datetime_start
+    assert loaded.best_trials[0].number == 0
+    assert not any(k.startswith("evomerge") for k in trial.user_attrs)
+
+
+def test_another_studys_record_is_a_conflict_that_names_the_difference(url: str) -> None:
+    Study.create(url, "x", header(base="a", space={"method": "ties"}))
+    study = Study.load(url, "x")
+    study.require_identity({"seed": 1, "base": "a", "space": {"method": "ties"}})
+    with pytest.raises(StudyConflict, match=r"base: stored .*a.*, now .*b") as raised:
+        study.require_identity({"seed": 2, "base": "b", "space": {"method": "ties"}})
+    assert "seed: stored 1, now 2" in str(raised.value)
+    assert "space" not in str(raised.value)
+    with pytest.raises(StudyConflict):
+        Study.create(url, "x", header())
+
+
+def test_an_optuna_study_that_is_not_ours_is_a_conflict(url: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    made = optuna.create_study(storage=url, study_name="x")
+    made.optimize(lambda t: t.suggest_float("a", 0, 1), n_trials=1)
+    with pytest.raises(StudyConflict, match="not made by evomerge"):
+        Study.load(url, "x")
+    assert Study.exists(url, "x")
+
+
+def test_a_creation_that_was_interrupted_is_made_again(url: str) -> None:
+    study = Study.create(url, "x", header())
+    with study._session() as session:
+        from optuna.storages._rdb import models
+
+        session.query(models.StudySystemAttributeModel).filter_by(key="evomerge:header").delete()
+    assert not Study.exists(url, "x")
+    assert Study.create(url, "x", header()).candidates() == []
+
+
+def test_files_that_are_no_study_database(tmp_path: Path) -> None:
+    file = tmp_path / "a.db"
+    file.write_bytes(b"not a database at all, but long enough to have a header" * 40)
+    with pytest.raises(StorageError):
+        Study.load(f"sqlite:///{file}", "x")
+    empty = tmp_path / "b.db"
+    sqlite3.connect(empty).execute("create table t (a)")
+    with pytest.raises(StorageError, match="not a study database"):
+        Study.load(f"sqlite:///{empty}", "x")
+    tables = sqlite3.connect(empty).execute("select name from sqlite_master").fetchall()
+    assert tables == [("t",)], "nothing was created in it"
+    with pytest.raises(StorageError, match="no study database"):
+        Study.load(f"sqlite:///{tmp_path / 'c.db'}", "x")
+    assert not (tmp_path / "c.db").exists()
+
+
+@pytest.mark.parametrize("url", ["journal.log", "sqlite://", "redis://localhost", "sqlite:///:memory:"])
+def test_storage_that_cannot_keep_a_study_is_refused(url: str) -> None:
+    assert storage_problem(url)
+
+
+def test_passwords_are_masked() -> None:
+    assert "secret" not in mask("postgresql://me:secret@host/db")
+
+
+def _hold(url: str, ready: object) -> None:
+    study = Study.load(url, "x")
+    study.acquire()
+    ready.set()  # type: ignore[attr-defined]
+    time.sleep(60)
+
+
+def test_one_controller_at_a_time_and_a_dead_one_is_no_obstacle(url: str) -> None:
+    study = Study.create(url, "x", header())
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    other = context.Process(target=_hold, args=(url, ready))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(StudyConflict, match=f"process {other.pid}"):
+        study.acquire()
+    other.kill()
+    other.join()
+    study.acquire()
+    study.release()
+
+
+def test_a_reused_process_number_is_not_the_old_process(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.acquire()
+    lease = json.loads(study._storage.get_study_system_attrs(study._id)["evomerge:lease"])
+    assert lease["started"] == process_start(os.getpid())
+    parent = {**lease, "pid": os.getppid(), "started": "1"}
+    study._storage.set_study_system_attr(study._id, "evomerge:lease", json.dumps(parent))
+    study.acquire()
+
+
+def test_the_frame_has_a_row_per_candidate(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, {"red.weight": 0.25, "blue.density": 0.5}, BOUNDS)
+    study.propose(RECIPE, None, BOUNDS, "base")
+    study.finish(0, scores(0.7), 0, {"t_merge_s": 0.5})
+    frame = study.frame()
+    assert list(frame["number"]) == [0, 1]
+    assert frame.loc[0, "acc"] == 0.7 and frame.loc[0, "red.weight"] == 0.25
+    assert frame.loc[1, "state"] == "running" and np.isnan(frame.loc[1, "acc"])
+
+
+@pytest.mark.postgres
+def test_postgres_keeps_a_study_too() -> None:
+    url = os.environ.get("EVOMERGE_TEST_POSTGRES")
+    if not url:
+        pytest.skip("set EVOMERGE_TEST_POSTGRES to a PostgreSQL URL to run this")
+    name = f"test-{os.getpid()}-{time.time_ns()}"
+    study = Study.create(url, name, header())
+    try:
+        study.propose(RECIPE, {"red.weight": 0.1 + 0.2, "blue.density": 0.3}, BOUNDS)
+        assert study.finish(0, scores(0.7), 0, {})
+        assert not Study.load(url, name).finish(0, scores(0.1), 0, {})
+        again = Study.load(url, name).candidate(0)
+        assert again.values == (0.7, 2.3)
+        assert again.params == {"red.weight": 0.1 + 0.2, "blue.density": 0.3}
+    finally:
+        study._storage.delete_study(study._id)
