@@ -96,10 +96,7 @@ def load_local_file(path: str | Path) -> tuple[tuple[str, str], ...]:
     if module not in sys.modules:
         _run_file(file, module)
     found = tuple(
-        (kind, name)
-        for kind in KINDS
-        for name, entry in sorted(_entries[kind].items())
-        if entry.module == module
+        (kind, name) for kind in KINDS for name, entry in sorted(_entries[kind].items()) if entry.module == module
     )
     if not found:
         raise ConfigError(
@@ -155,9 +152,7 @@ def _builtins(kind: str) -> frozenset[str]:
 
 
 def _entry_points(kind: str) -> dict[str, importlib.metadata.EntryPoint]:
-    return {
-        point.name: point for point in importlib.metadata.entry_points(group=f"evomerge.{kind}")
-    }
+    return {point.name: point for point in importlib.metadata.entry_points(group=f"evomerge.{kind}")}
 
 
 def _import_definition(kind: str, name: str) -> None:

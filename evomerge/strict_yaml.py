@@ -134,18 +134,13 @@ def _convert(node: yaml.Node, path: Path, document: Document, problems: list[Pro
     if isinstance(node, yaml.MappingNode):
         return _convert_mapping(node, path, document, problems)
     if isinstance(node, yaml.SequenceNode):
-        return [
-            _convert(item, (*path, index), document, problems)
-            for index, item in enumerate(node.value)
-        ]
+        return [_convert(item, (*path, index), document, problems) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and not node.style:
         return _plain_scalar(node.value, document.where(path), problems)
     return node.value
 
 
-def _convert_mapping(
-    node: yaml.MappingNode, path: Path, document: Document, problems: list[Problem]
-) -> dict[str, Any]:
+def _convert_mapping(node: yaml.MappingNode, path: Path, document: Document, problems: list[Problem]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1

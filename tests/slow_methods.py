@@ -89,11 +89,7 @@ def elect(
         entries = [(w, d[j]) for w, d in zip(weight, deltas, strict=True) if w != 0]
         votes = [w * d if weighted else d for w, d in entries]
         positive = math.fsum(votes) >= 0
-        agree = [
-            (w, d)
-            for (w, d), vote in zip(entries, votes, strict=True)
-            if (vote > 0 if positive else vote < 0)
-        ]
+        agree = [(w, d) for (w, d), vote in zip(entries, votes, strict=True) if (vote > 0 if positive else vote < 0)]
         total = math.fsum(w * d for w, d in agree)
         divisor = math.fsum(w for w, _ in agree) if normalize else 1.0
         result.append(b + lambda_ * total / (divisor if abs(divisor) >= 1e-8 else 1.0))
@@ -110,16 +106,11 @@ def ties(
     rescale: str = "none",
     weighted: bool = True,
 ) -> Vector:
-    deltas = [
-        masked(d, top(d, rho), rho, rescale)
-        for d, rho in zip(differences(base, experts), density, strict=True)
-    ]
+    deltas = [masked(d, top(d, rho), rho, rescale) for d, rho in zip(differences(base, experts), density, strict=True)]
     return elect(base, deltas, weight, lambda_, normalize, weighted)
 
 
-def keep_mask(
-    n: int, density: float, *, seed: int, tensor_name: str, stream: int, offset: int = 0
-) -> list[bool]:
+def keep_mask(n: int, density: float, *, seed: int, tensor_name: str, stream: int, offset: int = 0) -> list[bool]:
     """The counter-based mask with plain Python integers."""
     text = f"{seed}|{tensor_name}|{stream}".encode()
     digest = hashlib.blake2b(text, digest_size=12, person=b"evomerge mask").digest()

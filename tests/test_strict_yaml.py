@@ -89,10 +89,9 @@ def test_nan() -> None:
 def test_refusals_name_the_line(text: str, line: int, word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(text)
-    assert any(
-        problem.where == f"r.yaml:{line}" and word in problem.message
-        for problem in caught.value.problems
-    ), caught.value.problems
+    assert any(problem.where == f"r.yaml:{line}" and word in problem.message for problem in caught.value.problems), (
+        caught.value.problems
+    )
     assert caught.value.exit_code == 2
 
 
@@ -129,9 +128,7 @@ SCALARS = (
     | st.booleans()
     | st.integers(-(10**17), 10**17)
     | st.floats(allow_nan=False)
-    | st.text(
-        st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufeff"), max_size=12
-    )
+    | st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufeff"), max_size=12)
     | st.from_regex(r"[-+]?[0-9.]{1,4}([eE][-+]?[0-9]{1,2})?", fullmatch=True)
     | st.sampled_from(["yes", "NULL", "0o17", "12:30", "1e-4", "<<", "=", "2020-01-01", "a\nb\n"])
 )

@@ -77,8 +77,12 @@ def merge_tensor(
         name: tuple(values[name] for values in plan.per_input) for name in (plan.per_input[0] if plan.per_input else {})
     }
     result = method(inputs, **plan.shared, **per_expert)
-    if out_dtype is None and recipe.compat == "mergekit" and recipe.out_dtype is None:
-        return result
+    if recipe.compat == "mergekit":
+        keep_dtype = out_dtype is None and recipe.out_dtype is None
+        return result if keep_dtype else result.to(out)
+    for source, work in zip([base, *experts], [work_base, *work_experts], strict=True):
+        if source is not None and result is work:
+            result = source  # a pure copy: no cast to the working dtype and back
     return result.to(out)
 
 
