@@ -1,0 +1,180 @@
+"""A study file is checked completely: every problem at once, each with its file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evomerge.config import Workers, load_study_file, parse_study
+from evomerge.errors import ConfigError
+
+GOOD = """\
+name: tiny
+base: base
+experts: {red: red, green: green}
+space:
+  method: task_arithmetic
+  genes: {weight: {low: 0.0, high: 1.0, per_expert: true}}
+objectives:
+  - {name: pick, kind: lm_eval, file: pick.yaml}
+"""
+
+
+def found(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        parse_study(text, "study.yaml", overrides)
+    return [str(p) for p in raised.value.problems]
+
+
+def test_defaults() -> None:
+    config = parse_study(GOOD, "study.yaml")
+    assert config.budget.evaluations == 100
+    assert config.storage == "sqlite:///runs/tiny/ledger.db"
+    assert config.workers == Workers(local=1)
+    assert (config.seed, config.optimizer) == (0, None)
+    assert list(config.experts) == ["red", "green"]
+
+
+def test_every_problem_is_reported_at_once_with_its_line() -> None:
+    text = GOOD.replace("name: tiny", "name: ti ny") + (
+        "buget: {evaluations: 3}\n"
+        "budget: {evaluations: -3, days: 2}\n"
+        "optimizer: annealing\n"
+        "storage: journal.log\n"
+        "workers: 0\n"
+        "seed: -1\n"
+        "objectives2: []\n"
+    )
+    problems = found(text)
+    expected = [
+        ("study.yaml:1", "name"),
+        ("study.yaml:9", "unknown key `buget`"),
+        ("study.yaml:10", "budget.evaluations"),
+        ("study.yaml:10", "unknown key `budget.days`"),
+        ("study.yaml:11", "unknown optimizer 'annealing'"),
+        ("study.yaml:12", "not a database URL"),
+        ("study.yaml:13", "workers"),
+        ("study.yaml:14", "seed"),
+        ("study.yaml:15", "unknown key `objectives2`"),
+    ]
+    for place, message in expected:
+        assert any(p.startswith(place + ":") and message in p for p in problems), (place, message, problems)
+    assert len(problems) == len(expected), problems
+
+
+@pytest.mark.parametrize("key", ["name", "base", "experts", "space", "objectives"])
+def test_missing_keys_are_named(key: str) -> None:
+    kept = "".join(block for block in __import__("re").split(r"(?m)^(?=\w)", GOOD) if not block.startswith(key + ":"))
+    assert any(f"`{key}` is missing" in p for p in found(kept))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.evaluations=0", "budget.evaluations"),
+        ("budget.hours=-1", "budget.hours"),
+        ("budget.hours=.nan", "nan"),
+        ("budget.evaluations=true", "budget.evaluations"),
+        ("budget.evaluations=2.5", "budget.evaluations"),
+        ("workers={local: 1, ray: 2}", "local:` or `ray:"),
+        ("workers={cpus: 2}", "workers.cpus"),
+        ("workers={local: 2, device: tpu}", "workers.device"),
+        ("experts={}", "experts"),
+        ("objectives=[]", "objectives"),
+        ("objectives=[nowhere]", "no objective 'nowhere'"),
+        ("objectives=[{kind: bleu}]", "unknown objective kind 'bleu'"),
+        ("objectives=[{kind: lm_eval, name: 'a b'}]", "must be a word"),
+        ("objectives=[{kind: lm_eval, name: a}, {kind: lm_eval, name: a}]", "two objectives"),
+        ("space=nowhere", "no search space 'nowhere'"),
+        ("space=3", "space"),
+        ("optimizer={sigma0: 0.1}", "unknown optimizer None"),
+        ("storage=redis://localhost/1", "not supported"),
+    ],
+)
+def test_bad_values_are_refused(override: str, message: str) -> None:
+    assert any(message in p for p in found(GOOD, override)), found(GOOD, override)
+
+
+def test_overrides_reach_nested_keys_and_are_yaml() -> None:
+    config = parse_study(GOOD, "s", ("budget.evaluations=7", "workers={ray: 2}", "seed=5"))
+    assert config.budget.evaluations == 7
+    assert config.workers.ray == 2
+    assert config.seed == 5
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_study(GOOD, "s", ("seed",))
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "name: [", "a: &x 1\nb: *x\n", "name: a\nname: b\n", "x: !!python/object:os.x {}\n"]
+)
+def test_yaml_that_is_no_study_is_one_clear_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_study(text, "study.yaml")
+
+
+def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the study file"):
+        load_study_file(str(tmp_path / "none.yaml"))
+
+
+def test_storage_comes_from_the_environment_when_the_file_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", "sqlite:///a.db")
+    assert parse_study(GOOD, "s").storage == "sqlite:///a.db"
+    monkeypatch.setenv("EVOMERGE_STORAGE", "sqlite:///b.db")
+    assert parse_study(GOOD, "s").storage == "sqlite:///b.db"
+    assert parse_study(GOOD + "storage: sqlite:///c.db\n", "s").storage == "sqlite:///c.db"
+
+
+def test_named_files_resolve_their_paths_from_their_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "obj.yaml").write_text("kind: lm_eval\nfile: task.yaml\ndescription: text\n")
+    config = parse_study(GOOD, "s", ("objectives=[mine/obj.yaml]",))
+    (spec,) = config.objectives
+    assert (spec.name, spec.folder, dict(spec.options)) == ("obj", "mine", {"file": "task.yaml"})
+    assert not spec.allow_code
+
+
+GENOME = """\
+genome:
+  models: [base, red, green]
+  merge_method: dare_ties
+  base_model: base
+  tokenizer_source: union
+  layer_granularity: 1
+  allow_negative_weights: false
+  filters: [self_attn, mlp]
+  smooth: true
+tasks:
+  - {name: pick, weight: 2.0, metric: "acc,none"}
+  - say
+limit: 100
+num_fewshot: 2
+shuffle: true
+random_init: true
+"""
+
+
+def test_a_mergekit_evolve_file_is_a_study_file_with_messages(work: Path) -> None:
+    config = parse_study(GENOME, "my genome.yml")
+    assert config.name == "my-genome"
+    assert (config.base, config.experts) == ("base", {"red": "red", "green": "green"})
+    assert config.space["method"] == "dare_ties"
+    assert config.space["layer_groups"] == 2
+    assert config.space["fixed"] == {"normalize": True}
+    assert set(config.space["genes"]) == {"weight", "density"}
+    assert [o.name for o in config.objectives] == ["pick", "say"]
+    assert config.objectives[0].options == {
+        "task": "pick", "metric": "acc,none", "limit": 100, "num_fewshot": 2, "apply_chat_template": True,
+    }  # fmt: skip
+    assert (config.optimizer, config.optimizer_options) == ("cma_es", {"weights": [2.0, 1.0]})
+    for key in ("base among the models", "smooth", "tokenizer_source", "shuffle", "random_init", "bfloat16"):
+        assert any(key in note for note in config.notes), (key, config.notes)
+
+
+def test_a_genome_files_mistakes_are_found_together() -> None:
+    text = GENOME.replace("dare_ties", "breadcrumbs").replace("limit:", "limt:").replace("weight: 2.0", "wieght: 2.0")
+    problems = found(text)
+    for message in ("breadcrumbs", "`limt`", "`tasks[0].wieght`"):
+        assert any(message in p for p in problems), (message, problems)
