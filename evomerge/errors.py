@@ -44,7 +44,7 @@ class EvomergeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)  # both in args: pickling calls type(self)(*args)
+        super().__init__(message, hint)  # both in args: unpickling calls type(self)(*args)
         self.message = message
         self.hint = hint
 
@@ -60,7 +60,6 @@ class ConfigError(EvomergeError):
     def __init__(self, message: str, hint: str = "", problems: Iterable[Problem] = ()) -> None:
         super().__init__(message, hint)
         self.problems = tuple(problems) or (Problem(message, hint=hint),)
-        self.args = (message, hint, self.problems)
 
     @classmethod
     def of(cls, problems: Iterable[Problem], subject: str = "configuration") -> Self:
@@ -115,7 +114,6 @@ class CandidateFailure(EvomergeError):
     def __init__(self, message: str, hint: str = "", reason: str = "") -> None:
         super().__init__(message, hint)
         self.reason = reason or self.default_reason
-        self.args = (message, hint, self.reason)
 
 
 class NonFinite(CandidateFailure):

@@ -222,6 +222,13 @@ def test_1d_tensors_are_trimmed_only_on_request_or_under_mergekit() -> None:
         assert (chosen(y, density=0.1) == 0).sum() > 40
 
 
+def test_norms_too_small_for_mergekit_are_rescaled_in_our_arithmetic() -> None:
+    base, expert = torch.zeros(2, 2), torch.tensor([[1e-9, 2e-9], [3e-9, 4e-9]])
+    ours = TIES(inputs(base, [expert]), density=0.5, rescale=True)
+    theirs = TIES(inputs(base, [expert], compat="mergekit"), density=0.5, rescale=True)
+    assert ours.sum().item() == pytest.approx(1e-8) and theirs.sum().item() == pytest.approx(7e-9)
+
+
 def test_dare_is_unbiased_over_seeds() -> None:
     generator = torch.Generator().manual_seed(1)
     base, expert = torch.randn((8, 8), generator=generator), torch.randn((8, 8), generator=generator)

@@ -603,6 +603,15 @@ def test_equal_meaning_equal_fingerprint(first: dict[str, Any], second: dict[str
     assert one == two and one.fingerprint == two.fingerprint
 
 
+def test_the_constructor_canonicalises_numbers_too() -> None:
+    made = [
+        Recipe("ties", (Slice((Source("a"),)),), "base", {"normalize": one, "lambda": zero})  # type: ignore[arg-type]
+        for one, zero in [(True, 0.0), (1, -0.0), (1.0, 0)]
+    ]
+    assert len({recipe.fingerprint for recipe in made}) == 1
+    assert "-0" not in made[1].to_yaml()
+
+
 def test_different_recipes_have_different_fingerprints() -> None:
     variants = [
         ties(),

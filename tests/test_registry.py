@@ -81,6 +81,8 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"by_load", "broken"} <= set(registry.names("methods"))
     assert "by_load" not in registry.names("objectives")
     assert registry.get("methods", "by_load").__name__ == "OrderedDict"
+    registry._entries["methods"].pop("ties")
+    monkeypatch.delitem(sys.modules, "evomerge.methods.ties")
     assert registry.get("methods", "ties").name == "ties"  # a built-in file wins
     with pytest.raises(EnvironmentProblem, match="no_such_package_x") as caught:
         registry.get("methods", "broken")
