@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
-import slow_methods as slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +29,7 @@ from evomerge.methods import (
     method,
 )
 from evomerge.recipe import Recipe, TensorPlan
+from tests import slow_methods as slow
 
 QUIET = settings(max_examples=300, derandomize=True, deadline=None, database=None)
 NAMES = registry.names("methods")
