@@ -60,11 +60,11 @@ def run_search(
             _stop_on_signals(stop, command) as received,
             Progress(study.header.objectives, budget, done, len(prepared.known), quiet) as progress,
         ):
-            search = Search(
+            reason = Search(
                 study=study,
                 space=prepared.space,
                 optimizer=prepared.make_optimizer(),
-                pool=make_pool(
+                start_pool=lambda: make_pool(
                     prepared.worker,
                     local=config.workers.local,
                     ray=config.workers.ray,
@@ -75,11 +75,7 @@ def run_search(
                 known=prepared.known,
                 on_event=progress.event,
                 stop=stop,
-            )
-            try:
-                reason = search.run()
-            finally:
-                search.pool.close()
+            ).run()
     except StorageError as error:
         raise StorageError(error.message, hint=f"what was recorded is safe; continue with: {command}") from error
     study.release()

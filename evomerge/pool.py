@@ -144,10 +144,12 @@ class LocalPool:
 
     def close(self) -> None:
         for slot in self._slots:
-            slot.process.kill()
+            slot.connection.close()  # an idle worker sees the end of its pipe and leaves by itself
         for slot in self._slots:
+            if slot.ready and slot.job is None:
+                slot.process.join(timeout=5.0)
+            slot.process.kill()
             slot.process.join()
-            slot.connection.close()
         self._slots = []
 
     def _start(self) -> _Slot:

@@ -55,6 +55,7 @@ class Search:
     """One study being searched by one controller.
 
     Attributes:
+        start_pool: makes the pool when the first candidate needs it, and not before.
         known: (label, recipe) of the candidates 0..k that every study starts with.
         on_event: called after each candidate's record is durable.
         stop: set it to stop asking; candidates in flight are still recorded.
@@ -63,7 +64,7 @@ class Search:
     study: Study
     space: SearchSpace
     optimizer: Optimizer
-    pool: Pool
+    start_pool: Callable[[], Pool]
     budget: Budget
     known: Sequence[tuple[str, Recipe]] = ()
     on_event: Callable[[Event], None] = field(default=lambda event: None)
@@ -76,15 +77,25 @@ class Search:
             TooManyFailures: no candidate gets a score.
             StorageError: the database failed; what was recorded is safe.
         """
-        self._begin()
-        while True:
-            while self._may_ask() and len(self._in_flight) < self.pool.size:
-                self._propose()
-            if not self._in_flight:
-                return "stopped" if self.stop.is_set() else "budget"
-            for result in self.pool.wait(timeout_s=1.0):
-                self._record(result)
-            self._beat()
+        self._pool: Pool | None = None
+        try:
+            self._begin()
+            while True:
+                while self._may_ask() and len(self._in_flight) < self._workers().size:
+                    self._propose()
+                if not self._in_flight:
+                    return "stopped" if self.stop.is_set() else "budget"
+                for result in self._workers().wait(timeout_s=1.0):
+                    self._record(result)
+                self._beat()
+        finally:
+            if self._pool is not None:
+                self._pool.close()
+
+    def _workers(self) -> Pool:
+        if self._pool is None:
+            self._pool = self.start_pool()
+        return self._pool
 
     # ---------------------------------------------------------------- history
 
@@ -157,7 +168,7 @@ class Search:
         if twin is not None:
             self._waiting.setdefault(twin, []).append(number)
             return
-        self.pool.submit(Job(number, recipe))
+        self._workers().submit(Job(number, recipe))
 
     # ---------------------------------------------------------------- back
 

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,7 +123,9 @@ class Study:
                 study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             except optuna.exceptions.DuplicatedStudyError:
                 raise StudyConflict(f"the database already holds a study named {name!r}") from None
-            study.set_metric_names(list(header.objectives))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(header.objectives))
             study.set_user_attr("study_file", header.study_file.get("text", ""))
             for key, value in header.versions.items():
                 study.set_user_attr(f"version.{key}", value)
