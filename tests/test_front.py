@@ -114,3 +114,6 @@ def test_mutually_separated_finds_the_largest_group() -> None:
     items = [[noisy(0.5), noisy(0.9)], [noisy(0.5), noisy(0.1)], [noisy(0.5), noisy(0.1)], [noisy(0.9), noisy(0.0)]]
     assert front.mutually_separated(items) == (0, 1, 3)
     assert front.mutually_separated([]) == ()
+    # The first point is too noisy to tell from anything: taking it first would leave a group of one.
+    vague = [[10 * rng.standard_normal(50)], [noisy(0.1)], [noisy(0.2)]]
+    assert front.mutually_separated(vague) == (1, 2)

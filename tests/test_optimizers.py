@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 from scipy.special import expit
 
@@ -170,6 +170,13 @@ def test_a_wrong_option_value_is_a_config_error(name: str, option: str, value: o
     assert caught.value.problems[0].where == f"optimizer.{option}"
 
 
+def test_finding_optimizers_imports_no_engine() -> None:
+    files = ", ".join(f"evomerge.optimizers.{name}" for name in NAMES)
+    code = f"import sys, {files}; print(sorted({{'cma', 'optuna', 'torch'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_start_of_the_wrong_shape_is_a_bug() -> None:
     with pytest.raises(ValueError, match="start"):
         make("random", 3, UNIT, 0, np.zeros(2))
@@ -222,6 +229,16 @@ def test_cma_never_ends_on_a_flat_or_a_solved_landscape() -> None:
     assert away[converged:].max() > 0.3
 
 
+def test_cma_steps_never_outgrow_the_box() -> None:
+    optimizer = make("cma_es", 2, UNIT[:1], 0, np.full(2, 0.5), {"sigma0": 0.9})
+    widest = 0.0
+    for number in range(1500):  # the corners are best: without a limit the steps grow to hundreds of boxes
+        x = optimizer.ask(number)
+        optimizer.tell(Result(number, x, np.abs(x - 0.5).sum(keepdims=True), None))
+        widest = max(widest, float(np.linalg.norm(optimizer._root, axis=1).max()))  # type: ignore[attr-defined]
+    assert widest <= 1 + 1e-9
+
+
 def test_cma_weights_choose_the_trade_off() -> None:
     found = []
     for weights in ({"a": 1.0}, {"b": 1.0}):
@@ -270,6 +287,16 @@ def test_map_spreads_parallel_proposals() -> None:
     assert min(gaps) >= 0.005
     truth = np.array([land.true(x) for x in pending])
     assert np.ptp(truth, axis=0).min() > 0.1  # along the front, not one point of it
+
+
+def test_map_does_not_repeat_an_experiment() -> None:
+    optimizer = make("map", 1, UNIT[:1], 0, np.full(1, 0.5), {"explore": 0.0, "optimism": 0.0})
+    told(optimizer, lambda x: float(expit(2 - 20 * (x[0] - 0.4) ** 2)), 12)
+    known = [float(x[0]) for x in told(optimizer, lambda x: float(expit(2 - 20 * (x[0] - 0.4) ** 2)), 1, 12)]
+    for number in range(13, 25):
+        x = told(optimizer, lambda x: float(expit(2 - 20 * (x[0] - 0.4) ** 2)), 1, number)[0]
+        assert min(abs(float(x[0]) - k) for k in known) >= 0.003
+        known.append(float(x[0]))
 
 
 def test_map_finds_one_objectives_optimum() -> None:
@@ -321,18 +348,34 @@ def test_tpe_avoids_pending_points() -> None:
     assert np.mean(np.abs(crowded - 0.5)) > np.mean(np.abs(free - 0.5))
 
 
+QUIET = """
+import sys, warnings
+import numpy as np
+from evomerge.optimizers import Goal, Result, make
+for name in sys.argv[1:]:
+    optimizer = make(name, 2, (Goal("a"), Goal("b")), 0, np.full(2, 0.5), {"workers": 9} if name == "cma_es" else {})
+    for number in range(26):
+        x = optimizer.ask(number)
+        optimizer.tell(Result(number, x, np.array([x[0], -x[1]]), None))
+import optuna
+assert optuna.logging.get_verbosity() == optuna.logging.INFO, "the verbosity was not restored"
+"""
+
+
+def test_nothing_is_printed_or_warned() -> None:
+    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::FutureWarning", "-c", QUIET, *NAMES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_printed_or_warned(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    before = optuna.logging.get_verbosity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer = make(name, 2, UNIT, 0, np.full(2, 0.5))
-        for number in range(30):
-            x = optimizer.ask(number)
-            optimizer.tell(Result(number, x, np.array([x[0], -x[1]]), None))
-    printed = capfd.readouterr()
-    assert (printed.out, printed.err) == ("", "")
-    assert optuna.logging.get_verbosity() == before
+def test_a_point_that_rounding_moved_out_of_the_cube_is_taken(name: str) -> None:
+    optimizer = make(name, 2, UNIT, 0, np.full(2, 0.5))
+    for number in range(30):
+        x = np.array([1.0 + 1e-9, -1e-9]) if number % 2 else optimizer.ask(number)
+        optimizer.tell(Result(number, x, np.array([x[0], -x[1]]), None))
+    x = optimizer.ask(30)
+    assert (x >= 0).all() and (x <= 1).all()
 
 
 # ------------------------------------------------------------------------------------- benchmarks

@@ -56,8 +56,9 @@ def test_unknown_noise_is_estimated_from_the_residuals() -> None:
 def test_scores_of_exactly_0_and_1_and_beyond_are_taken() -> None:
     x = np.random.default_rng(4).random((20, 2))
     scores = np.where(x[:, 0] > 0.5, 1.0, 0.0)
-    scores[0] = 1.2
     mean, sd = fit(x, scores, np.zeros(20), lower=0.0, upper=1.0).predict(x)
+    beyond = fit(x, scores * 1.3, np.zeros(20), lower=0.0, upper=1.0).predict(x)
+    assert np.array_equal(mean, beyond[0])  # no score is better than the bound
     assert np.isfinite(mean).all() and np.isfinite(sd).all()
     assert (mean > 0).all() and (mean < 1).all()
     assert mean[x[:, 0] > 0.7].min() > mean[x[:, 0] < 0.3].max()
