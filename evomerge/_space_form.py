@@ -221,13 +221,11 @@ class _Reader:
         log = bool(settings.get("log", param.log))
         if low >= high:
             self.bad(f"{where}.low", f"low {low!r} is not below high {high!r}")
-        for key, value, beyond in (
-            ("low", low, param.low is not None and low < param.low),
-            ("high", high, param.high is not None and high > param.high),
-        ):
+        least, most = param.limits or (-math.inf, math.inf)
+        for key, value, beyond in (("low", low, low < least), ("high", high, high > most)):
             if beyond:
-                span = f"{param.low:g} to {param.high:g}"
-                self.bad(f"{where}.{key}", f"{value!r} is outside the method's range", span)
+                message = f"{value!r} is outside what {param.name} may be"
+                self.bad(f"{where}.{key}", message, f"{least:g} to {most:g}")
         if log and low < 10.0**-DECIMALS:
             message = f"a log scale from {low!r}: values are rounded to {DECIMALS} decimals"
             self.bad(f"{where}.low", message, f"at least {10.0**-DECIMALS:g}")

@@ -80,7 +80,7 @@ objectives:
     files: {search: text.search.txt, validation: text.validation.txt, test: text.test.txt}
 optimizer: random
 budget: {evaluations: 14}
-workers: 1
+workers: {local: 1, threads: 1}
 seed: 3
 """
 

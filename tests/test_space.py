@@ -281,7 +281,7 @@ def test_all_problems_are_listed_at_once_with_their_places() -> None:
                 "weigth": "search",
                 "weight": {"low": 1.0, "high": 0.5},
                 "density": {"low": float("nan"), "hihg": 1.0, "log": "yes"},
-                "lambda": {"low": 0.0},
+                "lambda": {"low": 3.0},
                 "normalize": "search",
             },
             "fixed": {"weight": 1.0, "topk": 3},
@@ -303,7 +303,7 @@ def test_all_problems_are_listed_at_once_with_their_places() -> None:
     }
     assert "did you mean weight?" in found["genes.weigth"]
     assert "did you mean high?" in found["genes.density.hihg"]
-    assert "0.3 to 2.5" in found["genes.lambda.low"]
+    assert "not below high 2.5" in found["genes.lambda.low"]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,8 @@ def test_all_problems_are_listed_at_once_with_their_places() -> None:
         (weights(components={"a": ["mlp"], "b": ["mlp.up"], "c": ["*"]}), "components.b"),
         (weights(components={"a": "*"}), "components.a"),
         (weights(fixed={"normalize": "maybe"}), "fixed"),
-        ({"method": "task_arithmetic", "genes": {"weight": {"high": 1.6}}}, "genes.weight.high"),
+        ({"method": "ties", "genes": {"density": {"high": 1.1}}}, "genes.density.high"),
+        ({"method": "slerp", "genes": {"t": {"low": -0.1}}}, "genes.t.low"),
         ({"method": "task_arithmetic", "genes": {"weight": {"start": 1.6}}}, "genes.weight.start"),
         ({"method": "task_arithmetic", "genes": {"weight": {"low": 0, "log": True}}}, "genes.weight.low"),
         ({"method": "task_arithmetic", "genes": {"weight": {"high": True}}}, "genes.weight.high"),

@@ -24,11 +24,12 @@ from evomerge.errors import ConfigError, WeightsError
 
 @dataclass(frozen=True)
 class Range:
-    """The range that a search uses for a parameter unless told otherwise; not a limit."""
+    """What a search uses for a parameter unless told otherwise, and what it may be at all (`limits`)."""
 
     low: float
     high: float
     log: bool = False
+    limits: tuple[float, float] | None = None
 
 
 class _Marker:
@@ -60,6 +61,7 @@ class Param:
     low: float | None = None
     high: float | None = None
     log: bool = False
+    limits: tuple[float, float] | None = None
     choices: tuple[str, ...] = ()
     accepts_bool: bool = False  # a choice that may be given as true/false too
     required: bool = False
@@ -271,6 +273,7 @@ def _read_parameter(entry: inspect.Parameter, hint: Any) -> Param:
         per_expert=_PER_EXPERT in extras,
         low=span.low if span else None,
         high=span.high if span else None,
+        limits=span.limits if span else None,
         log=bool(span and span.log),
         choices=choices,
         accepts_bool=bool(choices) and bool in get_args(hint),

@@ -16,7 +16,7 @@ def dare_linear(
     x: Inputs,
     *,
     weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
-    density: Annotated[PerExpert, Range(0.05, 1.0)] = 1.0,
+    density: Annotated[PerExpert, Range(0.05, 1.0, limits=(0.0, 1.0))] = 1.0,
     lambda_: Annotated[float, Range(0.3, 1.5)] = 1.0,
     normalize: bool = False,
     rescale: bool | Literal["inv_prob", "l1", "none"] = True,

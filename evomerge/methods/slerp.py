@@ -21,7 +21,7 @@ _ZERO_NORM = 1e-8
     n_experts=(1, 1),
     mergekit=True,
 )
-def slerp(x: Inputs, *, t: Annotated[float, Range(0.0, 1.0)]) -> Tensor:
+def slerp(x: Inputs, *, t: Annotated[float, Range(0.0, 1.0, limits=(0.0, 1.0))]) -> Tensor:
     """Great-circle interpolation: t = 0 is the base, t = 1 the model.
 
     The angle is that of the flattened tensors a and b; with c its cosine and W = acos c the

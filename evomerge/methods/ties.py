@@ -16,7 +16,7 @@ def ties(
     x: Inputs,
     *,
     weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
-    density: Annotated[PerExpert, Range(0.05, 1.0)] = 1.0,
+    density: Annotated[PerExpert, Range(0.05, 1.0, limits=(0.0, 1.0))] = 1.0,
     lambda_: Annotated[float, Range(0.3, 2.5)] = 1.0,
     normalize: bool = True,
     rescale: bool | Literal["l1", "none"] = False,

@@ -1,0 +1,335 @@
+"""The command line as people use it: data on stdout, errors with exit codes, nothing created by mistakes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from evomerge.cli import app, main
+from evomerge.study import Study
+from tests.conftest import ROOT, study_rows
+
+URL = "sqlite:///runs/tiny/ledger.db"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process; returns exit code, stdout and stderr."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            main(list(args))
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def edit_study(change: Callable[[dict], None]) -> None:
+    data = yaml.safe_load(Path("study.yaml").read_text())
+    change(data)
+    Path("study.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+
+
+def edit_tensors(path: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate() -> None:
+    file = Path("red/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickle_only() -> None:
+    Path("red/model.safetensors").rename("red/pytorch_model.bin")
+
+
+def smaller_vocabulary() -> None:
+    edit_tensors("red/model.safetensors", lambda t: t.update({k: v[:200] for k, v in t.items() if "embed" in k}))
+
+
+def change_config(key: str, value: object) -> None:
+    config = json.loads(Path("red/config.json").read_text())
+    Path("red/config.json").write_text(json.dumps(config | {key: value}))
+
+
+def set_objective(key: str, value: object) -> None:
+    edit_study(lambda d: d["objectives"][0].update({key: value}))
+
+
+def set_space(key: str, value: object) -> None:
+    edit_study(lambda d: d["space"].update({key: value}))
+
+
+def drop_tensor() -> None:
+    edit_tensors("red/model.safetensors", lambda t: t.pop("model.norm.weight"))
+
+
+def extra_tensor() -> None:
+    edit_tensors("red/model.safetensors", lambda t: t.update({"model.extra.weight": torch.zeros(2)}))
+
+
+def nan_in_expert() -> None:
+    edit_tensors("red/model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan")))
+
+
+def foreign_database() -> None:
+    import optuna
+
+    Path("runs/tiny").mkdir(parents=True)
+    optuna.create_study(storage=URL, study_name="tiny").add_trial(optuna.trial.create_trial(value=1.0))
+
+
+BAD = {
+    "missing weights": (lambda: Path("red/model.safetensors").unlink(), 3, "no model.safetensors"),
+    "truncated weights": (truncate, 3, "not a complete safetensors file"),
+    "pickled weights": (pickle_only, 3, "pickled weights"),
+    "missing folder": (lambda: shutil.rmtree("red"), 3, "no checkpoint folder at red"),
+    "missing tensor": (drop_tensor, 2, "has no tensor model.norm.weight"),
+    "extra tensor": (extra_tensor, 2, "model.extra.weight"),
+    "vocabulary": (smaller_vocabulary, 2, "shape (200, 32), but (256, 32)"),
+    "other architecture": (lambda: change_config("hidden_act", "gelu"), 2, "hidden_act is 'gelu'"),
+    "nan": (nan_in_expert, 2, "32 values that are NaN"),
+    "unknown task": (lambda: set_objective("file", "none.yaml"), 2, "no task file"),
+    "unknown metric": (lambda: set_objective("metric", "blue"), 2, "no metric 'blue'"),
+    "unknown method": (lambda: set_space("method", "magic"), 2, "magic"),
+    "unknown gene": (lambda: set_space("genes", {"wieght": {"low": 0.0, "high": 1.0}}), 2, "wieght"),
+    "range upside down": (lambda: set_space("genes", {"weight": {"low": 1.0, "high": 0.0}}), 2, "low"),
+    "unknown key": (lambda: edit_study(lambda d: d.update({"bugdet": 3})), 2, "unknown key `bugdet`"),
+    "negative budget": (lambda: edit_study(lambda d: d.update({"budget": {"evaluations": -1}})), 2, "budget"),
+    "unknown option": (lambda: edit_study(lambda d: d.update({"optimizer": {"name": "map", "x": 1}})), 2, "x"),
+    "unwritable": (lambda: edit_study(lambda d: d.update({"storage": "sqlite:////proc/1/x/l.db"})), 3, "/proc/1"),
+    "in a file": (lambda: edit_study(lambda d: d.update({"storage": "sqlite:///study.yaml/l.db"})), 3, "cannot write"),
+    "foreign database": (foreign_database, 4, "not made by evomerge"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_clear_error_before_anything_happens(work: Path, run: Run, case: str) -> None:
+    spoil, code, message = BAD[case]
+    spoil()
+    before = sorted(str(p) for p in Path().rglob("*") if p.is_file() and ".db" not in p.name)
+    for command in ("check", "search"):
+        got, out, err = run(command, "study.yaml")
+        assert (got, out) == (code, ""), err
+        assert err.count("error:") == 1 and message in err, err
+        assert "Traceback" not in err
+    after = sorted(str(p) for p in Path().rglob("*") if p.is_file() and ".db" not in p.name)
+    assert after == before
+    assert Path("runs").exists() == (case == "foreign database")
+
+
+def test_all_problems_come_at_once(work: Path, run: Run) -> None:
+    drop_tensor()
+    set_objective("metric", "blue")
+    set_space("genes", {"wieght": {"low": 0.0, "high": 1.0}})
+    truncated = Path("blue/model.safetensors")
+    truncated.write_bytes(truncated.read_bytes()[:500])
+    code, _, err = run("check", "study.yaml")
+    assert code == 2
+    for message in ("model.norm.weight", "no metric 'blue'", "wieght", "blue/model.safetensors"):
+        assert message in err, (message, err)
+
+
+def test_a_study_from_search_to_export(work: Path, run: Run) -> None:
+    code, out, _ = run("check", "study.yaml", "-f", "json")
+    assert code == 0 and json.loads(out)["space"] == "task_arithmetic, 3 dimensions"
+    assert not Path("runs").exists()
+    code, out, err = run("search", "study.yaml", "--inline")
+    assert (code, out) == (0, ""), err
+    assert err.count("/14 | #") == 14 and "cannot" not in err and "a crash in one ends the search" in err
+    code, out, _ = run("status", "study.yaml", "-f", "json")
+    assert json.loads(out)["done"] == 14
+    code, out, _ = run("front", "runs/tiny", "-f", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert rows and {"candidate", "pick", "±pick", "text", "recipe"} <= set(rows[0])
+    code, out, _ = run("front", "runs/tiny", "--all", "-f", "yaml")
+    assert len(yaml.safe_load(out)) == 14
+    code, out, err = run("export", "runs/tiny", "best", "--inline")
+    assert code == 0 and out.strip() == "best", err
+    assert "best of the front on the validation split" in err
+    files = {p.name for p in Path("best").iterdir()}
+    assert {"recipe.yaml", "mergekit_config.yml", "README.md", "model.safetensors", "config.json"} <= files
+    assert {"tokenizer.json", "MANIFEST.sha256"} <= files
+    subprocess.run(["sha256sum", "--check", "--quiet", "MANIFEST.sha256"], cwd="best", check=True)
+    card = (Path("best") / "README.md").read_text()
+    assert (
+        "base_model_relation: merge" in card
+        and "± " in card
+        and "| objective | better | search | validation | test |" in card
+    )
+    code, _, err = run("export", "runs/tiny", "best", "--inline")
+    assert code == 2 and "exists already" in err
+    code, _, err = run("export", "runs/tiny", "other", "--candidate", "99")
+    assert code == 2 and not Path("other").exists()
+
+
+def test_the_test_split_is_scored_once_and_then_shown(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 0
+    _, first, _ = run("front", "runs/tiny", "--split", "test", "--inline", "-f", "json")
+    shutil.move("items.test.jsonl", "gone")  # a second look cannot score anything
+    _, second, err = run("front", "runs/tiny", "--split", "test", "--inline", "-f", "json")
+    assert first == second, err
+    study = Study.load(URL, "tiny")
+    number = json.loads(first)[0]["candidate"]
+    stored = study.scores(number, "test")
+    assert stored is not None and stored["pick"].value == json.loads(first)[0]["pick"]
+
+
+def test_changed_weights_are_never_scored_into_an_old_study(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=2")[0] == 0
+    edit_tensors("red/model.safetensors", lambda t: t["model.norm.weight"].mul_(2))
+    code, _, err = run("front", "runs/tiny", "--split", "test", "--inline")
+    assert code == 3 and "has changed" in err
+    code, _, err = run("search", "study.yaml", "--inline")
+    assert code == 4 and "weights" in err
+
+
+def test_another_study_under_the_same_name_is_a_conflict(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=2")[0] == 0
+    before = study_rows(Study.load(URL, "tiny"))
+    for override in ("seed=9", "space.genes.weight.high=0.9", "optimizer=tpe", "experts={red: red}"):
+        for command in ("check", "search"):
+            code, _, err = run(command, "study.yaml", "-o", override)
+            assert code == 4 and "now" in err, err
+    assert run("search", "study.yaml", "--resume", "never")[0] == 4
+    assert run("search", "study.yaml", "-o", "name=other", "--resume", "must")[0] == 4
+    assert study_rows(Study.load(URL, "tiny")) == before
+
+
+def test_the_budget_and_workers_may_change(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=2")[0] == 0
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=4", "-o", "workers=3")[0] == 0
+    assert len(Study.load(URL, "tiny").candidates()) == 4
+    started = time.monotonic()
+    assert run("search", "study.yaml", "-q", "-o", "budget={hours: 0.0001}")[0] == 0
+    assert time.monotonic() - started < 60
+
+
+def test_infeasible_candidates_are_recorded_and_the_search_goes_on(work: Path, run: Run) -> None:
+    edit_study(lambda d: d["space"]["genes"]["weight"].update(low=-2.0, high=2.0))
+    edit_tensors("blue/model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))
+    code, _, err = run("search", "study.yaml", "--inline")
+    assert code == 0, err
+    failed = [c for c in Study.load(URL, "tiny").candidates() if c.state == "failed"]
+    assert failed and {c.reason for c in failed} <= {"weights", "logits"}
+    assert len(Study.load(URL, "tiny").candidates()) == 14
+    _, out, _ = run("status", "runs/tiny", "-f", "json")
+    assert any(k.startswith("failed: ") for k in json.loads(out))
+
+
+def test_nothing_but_failures_ends_the_search(work: Path, run: Run) -> None:
+    for name in ("red", "green", "blue"):
+        edit_tensors(f"{name}/model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))
+    edit_study(lambda d: d.update(known_recipes=False))
+    edit_study(lambda d: d["space"]["genes"]["weight"].update(low=1.0))
+    code, _, err = run("search", "study.yaml", "--inline", "-q")
+    assert code == 5 and "all failed" in err
+
+
+def test_equal_recipes_are_scored_once(work: Path, run: Run) -> None:
+    edit_study(lambda d: d["space"]["genes"]["weight"].update(low=0.5, high=0.50001))
+    code, _, err = run("search", "study.yaml", "--inline")
+    assert code == 0, err
+    candidates = Study.load(URL, "tiny").candidates()
+    twins = [c for c in candidates if "same_as" in c.attrs]
+    assert len({c.recipe.fingerprint for c in candidates}) == 14 - len(twins)
+    assert twins, err
+    for c in twins:
+        assert c.values == candidates[c.attrs["same_as"]].values
+
+
+def test_eval_scores_recipes_and_checkpoints_alike(work: Path, run: Run) -> None:
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "compat": "paper", "seed": 0,
+              "models": [{"model": "red", "parameters": {"weight": 0.5}}]}  # fmt: skip
+    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    code, first, err = run("eval", "r.yaml", "study.yaml", "-f", "json")
+    assert code == 0, err
+    assert run("merge", "r.yaml", "merged")[0] == 0
+    assert run("eval", "merged", "study.yaml", "-f", "json")[1] == first
+    code, out, _ = run("eval", "r.yaml", "study.yaml", "--split", "validation", "-f", "csv")
+    assert code == 0 and "validation" in out
+
+
+def test_a_genome_file_is_searched(work: Path, run: Run) -> None:
+    text = "genome: {models: [red, green], merge_method: ties, base_model: base, layer_granularity: 1, smooth: true}\n"
+    Path("genome.yml").write_text(text + "tasks: [arc_easy]\napply_chat_template: false\n")
+    code, _, err = run(
+        "search", "genome.yml", "--inline", "-o", "budget.evaluations=12",
+        "-o", "objectives=[{name: pick, kind: lm_eval, file: pick.yaml}]", "-o", "workers={local: 1, threads: 1}",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "note: genome.smooth" in err
+    candidate = Study.load("sqlite:///runs/genome/ledger.db", "genome").candidates()[-1]
+    assert candidate.recipe.method == "ties" and len(candidate.params or {}) == 8
+
+
+def test_ls_lists_what_a_study_can_name(run: Run) -> None:
+    _, out, _ = run("ls", "-f", "json")
+    rows = json.loads(out)
+    named = {(r["kind"], r["name"]) for r in rows}
+    assert {("method", "ties"), ("optimizer", "map"), ("objective", "lm_eval"), ("space", "task_arithmetic")} <= named
+    assert all(r["summary"] for r in rows), [r for r in rows if not r["summary"]]
+    assert run("ls", "methods")[0] == 0
+    assert run("ls", "models")[0] == 2
+
+
+def test_cp_copies_and_never_overwrites(work: Path, run: Run) -> None:
+    assert run("cp", "task_arithmetic", "mine.yaml")[0] == 0
+    assert "method: task_arithmetic" in Path("mine.yaml").read_text()
+    assert run("cp", "task_arithmetic", "mine.yaml")[0] == 2
+    assert run("cp", "no_such", "x.yaml")[0] == 2
+
+
+def test_usage_errors_exit_with_2(run: Run) -> None:
+    for args in (["search"], ["serach", "x"], ["front", "x", "--split", "train"], ["search", "x", "--resume", "no"]):
+        code, out, err = run(*args)
+        assert code == 2 and out == "" and err, args
+    assert run("search", "no-such.yaml")[0] == 2
+    assert run("status", "no-such.yaml")[0] == 2
+
+
+def test_every_help_ends_in_runnable_examples(run: Run) -> None:
+    names = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
+    assert names == sorted(["check", "search", "status", "front", "eval", "merge", "export", "ls", "cp"])
+    for name in (None, *names):
+        _, out, _ = run(*([name] if name else []), "--help")
+        examples = out.rstrip().splitlines()
+        assert "Examples:" in out
+        assert examples[-1].strip().startswith("evomerge ") or examples[-2].strip().startswith("evomerge "), out
+
+
+def test_help_and_import_do_not_import_torch() -> None:
+    script = "import sys, time\nimport evomerge\nfrom evomerge.cli import main\n"
+    script += "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch is imported'\n"
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, cwd=ROOT)
+    assert time.monotonic() - started < 3, "the help takes seconds"
+
+
+def test_the_package_gives_its_public_names() -> None:
+    import evomerge
+
+    for name in evomerge.__all__:
+        assert getattr(evomerge, name) is not None
+    with pytest.raises(AttributeError):
+        _ = evomerge.nothing
