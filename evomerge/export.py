@@ -189,7 +189,8 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
         bytes_ = tensor.numel() * tensor.element_size()
         if shard and size + bytes_ > shard_bytes:
             close()
-        shard[name] = tensor
+        repeated = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[name] = tensor.clone() if repeated else tensor  # a layer used twice is stored twice
         dtypes[name] = tensor.dtype
         size += bytes_
         total += bytes_
