@@ -1,0 +1,35 @@
+"""The progress lines: best values in their own direction, hypervolume above the known recipes, time left."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from evomerge.progress import Progress
+from evomerge.search import Budget, Event
+
+
+def event(number: int, values: tuple[float, ...] | None, elapsed_s: float = 0.0) -> Event:
+    return Event(number, "base" if number == 0 else None, values, None, None if values else "oom", None, elapsed_s)
+
+
+def test_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress({"acc": True, "bits": False}, Budget(10), [event(0, (0.5, 3.0))], known=2)
+    with progress:
+        progress.event(event(1, (0.4, 2.0), 10.0))
+        progress.event(event(2, None, 20.0))
+        progress.event(event(3, (0.8, 1.0), 40.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("2/10 | #1: acc=0.4000 bits=2.0000 | best 0.5000 2.0000")
+    assert "#2: failed (oom)" in lines[1]
+    assert "best 0.8000 1.0000" in lines[2] and "4.0/min" in lines[2] and "0:01:30 left" in lines[2]
+    # Reference: the worst of the known recipes, (0.4, 3.0); the new point dominates 0.4 x 2.
+    assert re.search(r"hv 0\.8 ", lines[2])
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress({"acc": True}, Budget(10), [], known=1, quiet=True) as progress:
+        progress.event(event(0, (0.4,)))
+    captured = capsys.readouterr()
+    assert captured.err == captured.out == ""
