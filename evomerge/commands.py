@@ -63,7 +63,7 @@ def run_search(
             reason = Search(
                 study=study,
                 space=prepared.space,
-                optimizer=prepared.make_optimizer(),
+                optimizer=prepared.make_optimizer(study.header),
                 start_pool=lambda: make_pool(
                     prepared.worker,
                     local=config.workers.local,

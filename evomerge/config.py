@@ -92,11 +92,6 @@ class StudyConfig:
     known_recipes: bool = True
     notes: tuple[str, ...] = field(default=())
 
-    @property
-    def folder(self) -> Path:
-        """Where the study keeps what is not in the database."""
-        return Path("runs") / self.name
-
 
 def load_study_file(path: str, overrides: tuple[str, ...] = (), *, allow_task_code: bool = False) -> StudyConfig:
     """Read and check a study file.

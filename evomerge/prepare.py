@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from evomerge.config import StudyConfig
@@ -20,7 +20,7 @@ from evomerge.objectives import Objective, make_objective
 from evomerge.optimizers import Goal, Optimizer, make
 from evomerge.recipe import Recipe
 from evomerge.space import SearchSpace, known_recipes
-from evomerge.storage import sqlite_file
+from evomerge.storage import mask, sqlite_file
 from evomerge.study import Header, Study
 from evomerge.weights import Checkpoint, check_family, open_all
 from evomerge.worker import WorkerSpec
@@ -40,15 +40,14 @@ class Prepared:
     config: StudyConfig
     space: SearchSpace
     objectives: tuple[Objective, ...]
-    optimizer: str
     header: Header
     known: tuple[tuple[str, Recipe], ...]
     worker: WorkerSpec
     summary: dict[str, Any]
 
-    def make_optimizer(self) -> Optimizer:
-        """A fresh optimizer, ready to be told the study's history."""
-        return _optimizer(self.config, self.optimizer, self.space, self.objectives)
+    def make_optimizer(self, header: Header) -> Optimizer:
+        """A fresh optimizer, ready to be told the history of the study with this header."""
+        return _optimizer(self.config, self.space, self.objectives, header.workers)
 
 
 def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
@@ -75,17 +74,16 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     if broken or space is None:
         lines = "".join(f"\n  - {p}" for p in broken)
         raise EnvironmentProblem(f"{len(broken)} problems with files of {config.source}:{lines}")
-    optimizer = config.optimizer or ("map" if len(objectives) > 1 else "cma_es")
+    worker = worker_spec(config)
     known = known_recipes(config.base, config.experts, config.seed) if config.known_recipes else []
     return Prepared(
         config=config,
         space=space,
         objectives=tuple(objectives),
-        optimizer=optimizer,
-        header=_header(config, overrides, opened, objectives, optimizer),
+        header=_header(config, overrides, opened, objectives, worker),
         known=tuple(known),
-        worker=worker_spec(config),
-        summary=_summary(config, opened, objectives, space, optimizer, len(known)),
+        worker=worker,
+        summary=_summary(config, opened, objectives, space, worker.device, len(known)),
     )
 
 
@@ -156,7 +154,16 @@ def _space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> Se
         return None
 
 
-def _optimizer(config: StudyConfig, name: str, space: SearchSpace, objectives: tuple[Objective, ...]) -> Optimizer:
+def _optimizer_name(config: StudyConfig) -> str:
+    """The study's own choice, or the quadratic surrogate for several objectives and CMA-ES for one."""
+    return config.optimizer or ("map" if len(config.objectives) > 1 else "cma_es")
+
+
+def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Objective], workers: int) -> Optimizer:
+    name = _optimizer_name(config)
+    options = dict(config.optimizer_options)
+    if name == "cma_es":
+        options.setdefault("workers", workers)
     goals = []
     for objective in objectives:
         lower, upper = objective.bounds
@@ -164,13 +171,12 @@ def _optimizer(config: StudyConfig, name: str, space: SearchSpace, objectives: t
             lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
         goals.append(Goal(objective.name, lower, upper))
     start = space.encode(space.start())
-    return make(name, space.dim, goals, config.seed, start, config.optimizer_options)
+    return make(name, space.dim, goals, config.seed, start, options)
 
 
 def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Objective]) -> list[Problem]:
-    name = config.optimizer or ("map" if len(objectives) > 1 else "cma_es")
     try:
-        _optimizer(config, name, space, tuple(objectives))
+        _optimizer(config, space, objectives, workers=1)
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -199,7 +205,7 @@ def _header(
     overrides: tuple[str, ...],
     opened: dict[str, Checkpoint],
     objectives: list[Objective],
-    optimizer: str,
+    worker: WorkerSpec,
 ) -> Header:
     identity = {
         "base": config.base,
@@ -207,7 +213,7 @@ def _header(
         "weights": {label: c.digest() for label, c in opened.items()},
         "space": {k: v for k, v in config.space.items() if k != "description"},
         "objectives": {o.name: o.fingerprint() for o in objectives},
-        "optimizer": {"name": optimizer, **config.optimizer_options},
+        "optimizer": {"name": _optimizer_name(config), **config.optimizer_options},
         "seed": config.seed,
         "known_recipes": config.known_recipes,
     }
@@ -221,7 +227,8 @@ def _header(
         "allow_task_code": allow_code,
     }
     directions = {o.name: o.maximize for o in objectives}
-    return Header(identity, directions, study_file, versions, worker_spec(config).threads)
+    count = config.workers.local or config.workers.ray or 1
+    return Header(identity, directions, study_file, versions, worker.threads, count)
 
 
 def _summary(
@@ -229,34 +236,21 @@ def _summary(
     opened: dict[str, Checkpoint],
     objectives: list[Objective],
     space: SearchSpace,
-    optimizer: str,
+    device: str,
     known: int,
 ) -> dict[str, Any]:
-    spec = worker_spec(config)
     base = opened["base"]
     return {
         "study": config.name,
         "base": f"{config.base} ({base.n_layers} layers, {base.n_bytes / 1e6:.1f} MB)",
         "experts": ", ".join(config.experts),
-        "resident": f"{sum(c.n_bytes for c in opened.values()) / 1e6:.1f} MB of weights on {spec.device}",
+        "resident": f"{sum(c.n_bytes for c in opened.values()) / 1e6:.1f} MB of weights on {device}",
         "space": f"{config.space.get('method')}, {space.dim} dimensions",
         "objectives": ", ".join(
             f"{o.name} ({'max' if o.maximize else 'min'}; {', '.join(o.splits)})" for o in objectives
         ),
-        "optimizer": optimizer,
+        "optimizer": _optimizer_name(config),
         "known recipes": known,
         "budget": ", ".join(f"{v:g} {k}" for k, v in config.budget.model_dump().items() if v is not None),
-        "storage": _where(config.storage),
+        "storage": mask(config.storage),
     }
-
-
-def _where(url: str) -> str:
-    from evomerge.storage import mask
-
-    return mask(url)
-
-
-def study_folder(config: StudyConfig) -> Path:
-    """Where a study's files lie: beside its SQLite database, or runs/<name>."""
-    file = sqlite_file(config.storage)
-    return file.parent if file is not None else config.folder

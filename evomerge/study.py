@@ -62,6 +62,7 @@ class Header:
         study_file: the YAML file's text and source, and the options it was read with.
         versions: of the libraries that wrote it.
         threads: per worker; re-scoring uses as many, since arithmetic may depend on it in the last bit.
+        workers: when the study was started; optimizers size their generations by it ever after.
     """
 
     identity: dict[str, Any]
@@ -69,6 +70,7 @@ class Header:
     study_file: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     threads: int = 0
+    workers: int = 1
 
 
 @dataclass(frozen=True)
