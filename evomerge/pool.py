@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -118,7 +118,7 @@ class LocalPool:
         self._jobs: deque[Job] = deque()
         self._attempts: dict[int, int] = {}
         self._started_once = False
-        self._slots = [self._start() for _ in range(size)]
+        self._slots = [self._start(index) for index in range(size)]
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
@@ -152,9 +152,10 @@ class LocalPool:
             slot.process.join()
         self._slots = []
 
-    def _start(self) -> _Slot:
+    def _start(self, index: int) -> _Slot:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_worker_main, args=(theirs, self._spec, os.getcwd()), daemon=True)
+        spec = replace(self._spec, device=_spread(self._spec.device, index))
+        process = self._context.Process(target=_worker_main, args=(theirs, spec, os.getcwd()), daemon=True)
         process.start()
         theirs.close()
         return _Slot(process, ours)
@@ -223,7 +224,16 @@ class LocalPool:
         slot.process.kill()
         slot.process.join()
         slot.connection.close()
-        self._slots[index] = self._start()
+        self._slots[index] = self._start(index)
+
+
+def _spread(device: str, index: int) -> str:
+    """The device of the index-th worker: workers on "cuda" take the machine's GPUs in turn."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda:{index % max(1, torch.cuda.device_count())}"
 
 
 def _worker_main(connection: Connection, spec: WorkerSpec, folder: str) -> None:
@@ -337,7 +347,8 @@ class RayPool:
             raise EnvironmentProblem(f"cannot reach Ray at {address or 'local'}: {error}", hint) from error
 
     def _start(self) -> None:
-        gpu = 1 if self._spec.device.startswith("cuda") else 0
+        has_gpus = self._ray.cluster_resources().get("GPU", 0) >= 1
+        gpu = 1 if self._spec.device.startswith("cuda") or (self._spec.device == "auto" and has_gpus) else 0
         actor = self._actor_class.options(num_cpus=1, num_gpus=gpu).remote(self._spec, os.getcwd())
         self._actors[actor] = None
         self._starting[actor.ready.remote()] = actor

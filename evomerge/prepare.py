@@ -115,7 +115,7 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
 
     workers = config.workers
     device = workers.device
-    if device == "auto":
+    if device == "auto" and workers.ray is None:  # on a cluster, each worker's own node settles it
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available() and workers.ray is None:
         raise EnvironmentProblem("`workers.device` is cuda, but torch finds no CUDA device here")

@@ -27,7 +27,7 @@ class WorkerSpec:
         base: checkpoint folder; gives the architecture and the tokenizer.
         models: folders of all checkpoints to keep resident, base first.
         objectives: in the study's order.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
         threads: CPU threads for arithmetic; 0 leaves torch's default.
         dtype: name of a torch dtype for the live model; None keeps the base's.
         allowed_s: longest time for one candidate before its worker is replaced; None is no limit.
@@ -93,8 +93,11 @@ class Worker:
         if self.spec.threads:
             torch.set_num_threads(self.spec.threads)
         dtype = getattr(torch, self.spec.dtype) if self.spec.dtype else None
-        self.weights = Weights(self.spec.models, self.spec.device)
-        self.live = LiveModel(self.spec.base, self.spec.device, dtype)
+        device = self.spec.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.weights = Weights(self.spec.models, device)
+        self.live = LiveModel(self.spec.base, device, dtype)
         self.objectives: list[Objective] = [make_objective(o) for o in self.spec.objectives]
 
     def evaluate(self, job: Job) -> Outcome:
