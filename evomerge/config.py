@@ -258,7 +258,7 @@ def _objectives(entries: Any, document: Document, problems: list[Problem], allow
         if name in used:
             problems.append(Problem(f"two objectives are called {name!r}", where, hint="set `name:`"))
         used.add(name)
-        yield ObjectiveSpec(name, str(kind), options, folder, allow_code)
+        yield ObjectiveSpec(name, str(kind), options, folder, allow_code, where)
 
 
 def _space(entry: Any, document: Document, problems: list[Problem]) -> tuple[dict[str, Any], str]:

@@ -137,9 +137,8 @@ def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]
             objective = make_objective(spec)
             found = objective.check()
         except ConfigError as error:
-            problems += error.problems
-            continue
-        problems += found
+            found = list(error.problems)
+        problems += [Problem(p.message, ": ".join(w for w in (spec.where, p.where) if w), p.hint) for p in found]
         if not found:
             made.append(objective)
     return made

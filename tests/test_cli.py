@@ -146,7 +146,12 @@ def test_all_problems_come_at_once(work: Path, run: Run) -> None:
     truncated.write_bytes(truncated.read_bytes()[:500])
     code, _, err = run("check", "study.yaml")
     assert code == 2
-    for message in ("model.norm.weight", "no metric 'blue'", "wieght", "blue/model.safetensors"):
+    for message in (
+        "model.norm.weight",
+        "study.yaml:14: objective pick: task tiny_pick has no metric 'blue'",
+        "wieght",
+        "blue/model.safetensors",
+    ):
         assert message in err, (message, err)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -74,8 +75,6 @@ def test_scoring_twice_gives_the_same_bits(work: Path) -> None:
 
 
 def test_splits_are_derived_by_content_and_share_nothing(work: Path) -> None:
-    import json
-
     rows = [{"prompt": f"q {i}", "choices": ["a", "b"], "gold": i % 2} for i in range(60)]
     Path("all.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, *rows[:20]]))
     text = Path("pick.yaml").read_text().split("dataset_kwargs")[0]
@@ -128,6 +127,34 @@ def test_missing_task_files_data_and_tasks_are_named(work: Path) -> None:
     assert "items.test.jsonl" in str(objective("pick.yaml").check()[0])
     spec = ObjectiveSpec("it", "lm_eval", {"task": "no_such_task_anywhere"})
     assert "lm-eval has no task" in str(make_objective(spec).check()[0])
+
+
+def test_an_installed_task_is_scored_by_its_name(work: Path) -> None:
+    """arc_easy as lm-eval ships it; its data set is found under its hub name, here a local folder."""
+    folder = Path("allenai/ai2_arc")
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n"
+        + "".join(f"  - {{split: {s}, path: {s}.jsonl}}\n" for s in ("train", "validation", "test"))
+        + "---\n"
+    )
+    for split in ("train", "validation", "test"):
+        rows = [
+            {
+                "id": f"{split}{i}",
+                "question": f"Is {i} odd, asks {split}?",
+                "choices": {"text": ["yes", "no"], "label": ["A", "B"]},
+                "answerKey": "AB"[i % 2],
+            }
+            for i in range(6)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = {"task": "arc_easy", "metric": "acc_norm", "splits": {"search": "train", "test": "test"}}
+    made = make_objective(ObjectiveSpec("arc", "lm_eval", options))
+    assert made.check() == []
+    assert made.splits == ("search", "test") and made.maximize
+    scores = made.score(LiveModel("red"), "search")
+    assert scores.items.shape == (6,) and 0 <= scores.value <= 1
 
 
 CODE = {

@@ -31,6 +31,7 @@ class ObjectiveSpec:
         kind: file in evomerge/objectives.
         options: the kind's own keys.
         folder: relative paths in `options` start here.
+        where: file and line that named it, for messages.
         allow_code: the user passed the flag that lets task files run code of their own.
     """
 
@@ -39,6 +40,7 @@ class ObjectiveSpec:
     options: Mapping[str, Any]
     folder: str = "."
     allow_code: bool = False
+    where: str = ""
 
 
 @dataclass(frozen=True)
