@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ConfigError, Problem
+from evomerge.weights import has_chat_template
 
 GENOME_KEYS = {
     "models", "merge_method", "base_model", "tokenizer_source", "layer_granularity", "normalize",
@@ -46,7 +47,7 @@ def translate(data: dict[str, Any], source: str) -> tuple[dict[str, Any], list[s
     if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
         raise ConfigError.of([*problems, Problem("genome.models: a list of checkpoint folders", source)])
     base, experts = _models(genome, models, method, problems, notes, source)
-    objectives, weights = _tasks(data, problems, notes, source)
+    objectives, weights = _tasks(data, base, problems, notes, source)
     if problems:
         raise ConfigError.of(problems, source)
     for key, why in (
@@ -147,11 +148,13 @@ def _layers(base: str) -> int:
 
 
 def _tasks(
-    data: dict[str, Any], problems: list[Problem], notes: list[str], source: str
+    data: dict[str, Any], base: str, problems: list[Problem], notes: list[str], source: str
 ) -> tuple[list[dict[str, Any]], list[float]]:
     common: dict[str, Any] = {k: data[k] for k in ("limit", "num_fewshot", "fewshot_as_multiturn") if data.get(k)}
-    # mergekit-evolve applies the chat template unless told otherwise.
-    common["apply_chat_template"] = bool(data.get("apply_chat_template", True))
+    # mergekit-evolve applies the chat template unless told otherwise, and fails where there is none.
+    common["apply_chat_template"] = bool(data.get("apply_chat_template", has_chat_template(base)))
+    if "apply_chat_template" not in data and not has_chat_template(base):
+        notes.append("apply_chat_template: off, since the base's tokenizer has no chat template")
     objectives, weights = [], []
     for index, task in enumerate(data.get("tasks") or []):
         entry = {"name": task} if isinstance(task, str) else task

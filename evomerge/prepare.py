@@ -22,7 +22,7 @@ from evomerge.recipe import Recipe
 from evomerge.space import SearchSpace, known_recipes
 from evomerge.storage import mask, sqlite_file
 from evomerge.study import Header, Study
-from evomerge.weights import Checkpoint, check_family, open_all
+from evomerge.weights import Checkpoint, check_family, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
 
 LIBRARIES = ("evomerge", "torch", "transformers", "lm_eval", "optuna", "cma", "ray", "numpy")
@@ -138,6 +138,9 @@ def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]
             found = objective.check()
         except ConfigError as error:
             found = list(error.problems)
+        if spec.options.get("apply_chat_template") and not has_chat_template(config.base):
+            hint = "leave out `apply_chat_template:`"
+            found = [*found, Problem("the base's tokenizer has no chat template", f"objective {spec.name}", hint)]
         problems += [Problem(p.message, ": ".join(w for w in (spec.where, p.where) if w), p.hint) for p in found]
         if not found:
             made.append(objective)

@@ -211,6 +211,16 @@ class Weights:
             self._resident.pop(key, None)
 
 
+def has_chat_template(folder: str) -> bool:
+    """Whether the checkpoint's tokenizer brings a chat template."""
+    place = Path(folder)
+    try:
+        config = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    return bool(config.get("chat_template")) or (place / "chat_template.jinja").is_file()
+
+
 def open_all(paths: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[Problem]]:
     """Open checkpoints by label; those that cannot be opened come back as problems."""
     opened: dict[str, Checkpoint] = {}

@@ -166,10 +166,11 @@ def test_a_mergekit_evolve_file_is_a_study_file_with_messages(work: Path) -> Non
     assert set(config.space["genes"]) == {"weight", "density"}
     assert [o.name for o in config.objectives] == ["pick", "say"]
     assert config.objectives[0].options == {
-        "task": "pick", "metric": "acc,none", "limit": 100, "num_fewshot": 2, "apply_chat_template": True,
+        "task": "pick", "metric": "acc,none", "limit": 100, "num_fewshot": 2, "apply_chat_template": False,
     }  # fmt: skip
     assert (config.optimizer, config.optimizer_options) == ("cma_es", {"weights": [2.0, 1.0]})
-    for key in ("base among the models", "smooth", "tokenizer_source", "shuffle", "random_init", "bfloat16"):
+    keys = ("base among the models", "smooth", "tokenizer_source", "shuffle", "random_init", "bfloat16")
+    for key in (*keys, "apply_chat_template"):
         assert any(key in note for note in config.notes), (key, config.notes)
 
 

@@ -21,10 +21,8 @@ from evomerge.recipe import Recipe
 from evomerge.worker import Failed, Job, Outcome, WorkerSpec
 
 EXPERTS = ("red", "green", "blue")
-OBJECTIVES = (
-    ObjectiveSpec("pick", "lm_eval", {"file": "pick.yaml", "batch_size": 16}),
-    ObjectiveSpec("text", "perplexity", {"files": {"search": "text.search.txt"}}),
-)
+# Without lm-eval, whose import would be most of the time of every worker's start.
+OBJECTIVES = (ObjectiveSpec("text", "perplexity", {"files": {"search": "text.search.txt"}}),)
 SPEC = WorkerSpec("base", ("base", *EXPERTS), OBJECTIVES, threads=1, allowed_s=120)
 
 
@@ -44,6 +42,40 @@ def collect(pool: Pool, count: int, limit_s: float = 120) -> dict[int, Outcome |
     return found
 
 
+# First, since its faults must be in the environment before a Ray cluster starts.
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_candidate_that_always_kills_its_worker_is_tried_twice_and_no_more(
+    kind: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_FAULT", "merging:2")  # in every worker, the second job it gets
+    made: Pool = LocalPool(SPEC, 1) if kind == "local" else RayPool(SPEC, 1)
+    try:
+        made.submit(job(0, 0.1))
+        assert isinstance(collect(made, 1)[0], Outcome)
+        made.submit(job(1, 0.2))  # kills the first worker; the second one does it as its first job
+        assert isinstance(collect(made, 1)[1], Outcome)
+    finally:
+        made.close()
+    monkeypatch.setenv("EVOMERGE_FAULT", "merging:1")
+    made = LocalPool(SPEC, 1) if kind == "local" else RayPool(SPEC, 1)
+    try:
+        made.submit(job(2, 0.1))
+        result = collect(made, 1)[2]
+        assert isinstance(result, Failed) and result.reason == "crash"
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One local Ray cluster for all tests that do not need one of their own."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(params=["inline", "local", "ray"])
 def pool(request: pytest.FixtureRequest, work: Path) -> Iterator[Pool]:
     made: Pool
@@ -52,6 +84,7 @@ def pool(request: pytest.FixtureRequest, work: Path) -> Iterator[Pool]:
     elif request.param == "local":
         made = LocalPool(SPEC, 2)
     else:
+        request.getfixturevalue("cluster")
         made = RayPool(SPEC, 2)
     yield made
     made.close()
@@ -88,30 +121,7 @@ def test_an_objective_that_raises_is_a_failure_with_its_traceback(work: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["local", "ray"])
-def test_a_candidate_that_always_kills_its_worker_is_tried_twice_and_no_more(
-    kind: str, work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EVOMERGE_FAULT", "merging:2")  # in every worker, the second job it gets
-    made: Pool = LocalPool(SPEC, 1) if kind == "local" else RayPool(SPEC, 1)
-    try:
-        made.submit(job(0, 0.1))
-        assert isinstance(collect(made, 1)[0], Outcome)
-        made.submit(job(1, 0.2))  # kills the first worker; the second one does it as its first job
-        assert isinstance(collect(made, 1)[1], Outcome)
-    finally:
-        made.close()
-    monkeypatch.setenv("EVOMERGE_FAULT", "merging:1")
-    made = LocalPool(SPEC, 1) if kind == "local" else RayPool(SPEC, 1)
-    try:
-        made.submit(job(2, 0.1))
-        result = collect(made, 1)[2]
-        assert isinstance(result, Failed) and result.reason == "crash"
-    finally:
-        made.close()
-
-
-@pytest.mark.parametrize("kind", ["local", "ray"])
-def test_a_slow_candidate_is_a_timeout_and_its_worker_is_replaced(kind: str, work: Path) -> None:
+def test_a_slow_candidate_is_a_timeout_and_its_worker_is_replaced(kind: str, work: Path, cluster: None) -> None:
     slow = replace(SPEC, allowed_s=0.001)
     made: Pool = LocalPool(slow, 1) if kind == "local" else RayPool(slow, 1)
     try:
@@ -124,7 +134,7 @@ def test_a_slow_candidate_is_a_timeout_and_its_worker_is_replaced(kind: str, wor
 
 
 @pytest.mark.parametrize("kind", ["inline", "local", "ray"])
-def test_workers_that_cannot_start_say_why(kind: str, work: Path) -> None:
+def test_workers_that_cannot_start_say_why(kind: str, work: Path, cluster: None) -> None:
     broken = replace(SPEC, base="nowhere", models=("nowhere",))
     with pytest.raises(EvomergeError, match="no checkpoint folder at nowhere"):
         made: Pool = (
