@@ -122,6 +122,8 @@ def test_an_objective_that_raises_is_a_failure_with_its_traceback(work: Path) ->
 
 @pytest.mark.parametrize("kind", ["local", "ray"])
 def test_a_slow_candidate_is_a_timeout_and_its_worker_is_replaced(kind: str, work: Path, cluster: None) -> None:
+    long = "\n\n".join(f"A document of its own, number {i}, {i * i} words long." for i in range(4000))
+    (work / "text.search.txt").write_text(long)
     slow = replace(SPEC, allowed_s=0.001)
     made: Pool = LocalPool(slow, 1) if kind == "local" else RayPool(slow, 1)
     try:
