@@ -164,6 +164,14 @@ CODE = {
     "metric script": "metric_list: [{metric: ./evil}]\n",
     "template": "doc_to_text: \"{{ cycler.__init__.__globals__.os.popen('touch canary').read() }}\"\n",
     "pickle": "dataset_path: pandas\n",
+    "escaped template": "doc_to_text: \"{{ prompt['\\\\x5f\\\\x5fclass\\\\x5f\\\\x5f'] }}\"\n",
+    "computed template": "doc_to_text: \"{{ prompt['_' ~ '_class_' ~ '_'] }}\"\n",
+    "filter template": "doc_to_text: \"{{ prompt | attr('x') | map('y') }}\"\n",
+    "library": "use_prompt: 'evil.yaml:x'\n",
+    "hf metric": "metric_list: [{metric: acc, hf_evaluate: true, aggregation: mean, higher_is_better: true}]\n",
+    "own aggregation": "metric_list: [{metric: acc, aggregation: evil, higher_is_better: true}]\n",
+    "dataset script": "dataset_path: ./evil\n",
+    "unknown key": "process_results: evil.run\n",
 }
 
 
@@ -180,6 +188,19 @@ def test_task_files_that_could_run_code_are_refused(work: Path, kind: str) -> No
         found = objective(file).check()
         assert found and "--allow-task-code" in str(found[0]), found
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{prompt}} is", "{{ choices[0] }}", "{{prompt.strip().split(' ')[-1]|upper}}", "{% if gold %}a{% endif %}",
+     "{% for c in choices %}{{c}} {% endfor %}", "{{ choices[gold + 1] if False else prompt[:3] }}"],
+)  # fmt: skip
+def test_templates_that_put_columns_together_are_data(work: Path, template: str) -> None:
+    from evomerge.objectives._task_guard import template_problem
+
+    expected = "computes" if "gold + 1" in template else None
+    found = template_problem(template)
+    assert (found is None) if expected is None else (found is not None and expected in found)
 
 
 def test_the_flag_lets_task_code_run(work: Path) -> None:

@@ -14,9 +14,7 @@ from typing import Any
 import yaml
 
 from evomerge.errors import ConfigError, Problem
-
-MAX_BYTES = 1_000_000
-DATA_TAGS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge", "value")
+from evomerge.objectives._task_guard import code_in
 
 
 def load_local_task(path: Path, *, allow_code: bool) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def load_local_task(path: Path, *, allow_code: bool) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not allow_code:
-        problems = _code_in(path)
+        problems = code_in(path)
         if problems:
             raise ConfigError.of(problems, str(path))
     try:
@@ -95,54 +93,3 @@ def _rows(names: list[str]) -> list[dict[str, Any]]:
                 except ValueError as error:
                     raise ConfigError(f"{name}:{number}: not JSON: {error}") from None
     return rows
-
-
-def _code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[Problem]:
-    """Everything in the file, and in those that it includes, that could run code."""
-    hint = "pass --allow-task-code if you wrote the file or have read it"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            return [Problem(f"larger than {MAX_BYTES} bytes", where=str(path))]
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return [Problem(f"not readable as YAML: {error}", where=str(path))]
-    found: list[Problem] = []
-
-    def note(what: str, at: yaml.Node) -> None:
-        found.append(Problem(what, where=f"{path}:{at.start_mark.line + 1}", hint=hint))
-
-    def walk(at: yaml.Node | None, key: str) -> None:
-        if at is None:
-            return
-        if at.tag.removeprefix("tag:yaml.org,2002:") not in DATA_TAGS:
-            note(f"the tag {at.tag} names code to run", at)
-        if isinstance(at, yaml.ScalarNode):
-            _check_scalar(at, key)
-        elif isinstance(at, yaml.SequenceNode):
-            for child in at.value:
-                walk(child, key)
-        elif isinstance(at, yaml.MappingNode):
-            for name, child in at.value:
-                walk(child, str(name.value))
-
-    def _check_scalar(at: yaml.ScalarNode, key: str) -> None:
-        text = str(at.value)
-        if key == "class":
-            note(f"`class: {text}` names Python code to run", at)
-        if key == "metric" and text not in _known_metrics():
-            note(f"the metric {text} is not one of lm-eval's own", at)
-        if key == "dataset_path" and "/" not in text and text in ("pandas", "webdataset"):
-            note(f"data sets of kind {text} are pickles", at)
-        if ("{{" in text or "{%" in text) and ("__" in text or "attr(" in text):
-            note("a Jinja template reaches for attributes that can run code", at)
-        if key == "include" and path.resolve() not in seen:
-            found.extend(_code_in(path.parent / text, seen | {path.resolve()}))
-
-    walk(node, "")
-    return found
-
-
-def _known_metrics() -> set[str]:
-    from lm_eval.api import registry
-
-    return set(registry.metric_registry) | {"bypass"}
