@@ -185,3 +185,36 @@ def test_a_polite_stop_finishes_cleanly_and_says_how_to_go_on(
     Path("acks.txt").touch()
     assert run_forked(OVERRIDES) == 0
     check_record(uninterrupted["map"])
+
+
+@pytest.mark.slow
+def test_a_night_of_kills_with_two_workers(work: Path) -> None:
+    """Thirty kills of a parallel search at random moments: nothing shown is lost, nothing is there twice."""
+    rng = random.Random(int(os.environ.get("EVOMERGE_TEST_SEED", "7")))
+    command = [sys.executable, "-m", "evomerge", "search", "study.yaml", "-o", "optimizer=map"]
+    command += ["-o", "budget.evaluations=400", "-o", "workers={local: 2, threads: 1}"]
+    shown: list[int] = []
+    for _ in range(30):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        deadline = time.monotonic() + rng.uniform(0.5, 25.0)
+        os.set_blocking(process.stderr.fileno(), False)
+        text = ""
+        while time.monotonic() < deadline and process.poll() is None:
+            text += process.stderr.read() or ""
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        os.set_blocking(process.stderr.fileno(), True)
+        text += process.stderr.read()
+        shown += [int(line.split("#")[1].split()[0].rstrip(":")) for line in text.splitlines() if "/400 | #" in line]
+        if not Study.exists(URL, "tiny"):
+            continue
+        candidates = Study.load(URL, "tiny").candidates()
+        assert [c.number for c in candidates] == list(range(len(candidates)))
+        ended = {c.number for c in candidates if c.state != "running"}
+        assert set(shown) <= ended, "a candidate that was shown as done is lost"
+        assert len(shown) == len(set(shown)), "a candidate was shown as done twice"
+        arrivals = [c.arrival for c in candidates if c.arrival is not None]
+        assert sorted(arrivals) == list(range(len(arrivals)))
+    assert len(shown) > 20, "the kills left no time for any work: nothing was tested"
