@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _TOP = ("description", "method", "layer_groups", "components", "genes", "fixed", "compat")
 _GENE = ("low", "high", "start", "log", "per_expert", "per_group", "per_component")
-_WORD = re.compile(r"[A-Za-z0-9_-]+")
+_WORD = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def read_space(spec: Mapping[str, Any], base: str, experts: Mapping[str, str], n_layers: int, seed: int) -> SearchSpace:
@@ -130,8 +130,8 @@ class _Reader:
         paths = [path for _, path in self.experts]
         for name, path in self.experts:
             if not _WORD.fullmatch(name):
-                self.bad(f"experts.{name}", "an expert's name is letters, digits, - and _")
-            if path == base or paths.count(path) > 1:
+                self.bad(f"experts.{name}", "an expert's name is letters, digits, dots, - and _")
+            if (path == base and (method is None or method.needs_base)) or paths.count(path) > 1:
                 self.bad(f"experts.{name}", f"{path!r} is the base or another expert too")
         if method is not None:
             try:
@@ -162,7 +162,7 @@ class _Reader:
         for name, parts in given.items():
             where = f"components.{name}"
             if not _WORD.fullmatch(str(name)):
-                self.bad(where, "a component's name is letters, digits, - and _")
+                self.bad(where, "a component's name is letters, digits, dots, - and _")
             if not isinstance(parts, list) or not parts or not all(isinstance(p, str) and p for p in parts):
                 self.bad(where, f"{parts!r} is not a list of parts of tensor names")
                 return ()

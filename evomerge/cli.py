@@ -29,7 +29,7 @@ def _examples(*lines: str) -> str:
 
 
 StudyArg = Annotated[str, typer.Argument(help="A study file, or a mergekit-evolve genome file.")]
-Where = Annotated[str, typer.Argument(help="A study file, or a study's folder such as runs/demo.")]
+Where = Annotated[str, typer.Argument(help="A study file, a study's folder such as runs/demo, or a database URL.")]
 Fmt = Annotated[Format, typer.Option("-f", "--format", help="How to print data.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("-o", "--override", help="key=value, as in -o budget.evaluations=20.")
@@ -108,6 +108,7 @@ def front(
     storage: Storage = None,
     study_name: StudyName = None,
     inline: Inline = False,
+    allow_task_code: TaskCode = False,
     fmt: Fmt = Format.table,
 ) -> None:
     """The non-dominated candidates with their scores and 95 % intervals.
@@ -118,7 +119,8 @@ def front(
 
     if split not in ("search", "validation", "test"):
         raise typer.BadParameter(f"{split!r} is not search, validation or test", param_hint="--split")
-    emit(front_rows(open_record(study, storage, study_name), split, everything=all_, inline=inline), fmt)
+    record = open_record(study, storage, study_name)
+    emit(front_rows(record, split, everything=all_, inline=inline, allow_task_code=allow_task_code), fmt)
 
 
 @app.command(
@@ -169,12 +171,13 @@ def export(
     storage: Storage = None,
     study_name: StudyName = None,
     inline: Inline = False,
+    allow_task_code: TaskCode = False,
 ) -> None:
     """Write a candidate for others: checkpoint, recipe in both forms, model card with scores per split."""
     from evomerge.commands import export_candidate
 
     record = open_record(study, storage, study_name)
-    print(export_candidate(record, out, candidate, weights=weights, inline=inline))
+    print(export_candidate(record, out, candidate, weights=weights, inline=inline, allow_task_code=allow_task_code))
 
 
 @app.command(epilog=_examples("evomerge ls", "evomerge ls methods -f json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -13,18 +14,17 @@ from typing import Any
 
 from evomerge import registry
 from evomerge.card import interval, model_card
-from evomerge.config import load_study_file, shipped_file, shipped_names
+from evomerge.config import load_study_file, read_text, shipped_file, shipped_names
 from evomerge.errors import ConfigError, StorageError
-from evomerge.export import check_recipe_models
+from evomerge.export import check_recipe_models, merged_dtype, require_free
 from evomerge.export import export as write_export
-from evomerge.objectives import Scores
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
-from evomerge.rescore import front_of, score_split, splits_of, winner
+from evomerge.rescore import front_of, score_split, splits_of, study_config, winner
 from evomerge.search import Budget, Event, Search
-from evomerge.storage import connect, sqlite_file
+from evomerge.storage import connect, hide_passwords, mask, sqlite_file
 from evomerge.study import Candidate, Study, study_names
 from evomerge.worker import Failed, Job, Worker, WorkerSpec
 
@@ -53,7 +53,7 @@ def run_search(
     say(f"{'continuing' if existed else 'starting'} {config.name} ({len(done)} candidates done)")
     if inline:
         say("--inline: candidates run in this process; a crash in one ends the search (it can be continued)")
-    command = " ".join(["evomerge search", path, *(f"-o {o}" for o in overrides)])
+    command = _resume_command(path, overrides, inline=inline, allow_task_code=allow_task_code)
     stop = threading.Event()
     try:
         with (
@@ -113,18 +113,21 @@ def status_of(study: Study) -> dict[str, Any]:
     return status
 
 
-def front_rows(study: Study, split: str, *, everything: bool, inline: bool) -> list[dict[str, Any]]:
-    """One row per front point (or candidate): number, label, value and interval per objective, genes."""
+def front_rows(
+    study: Study, split: str, *, everything: bool, inline: bool, allow_task_code: bool
+) -> list[dict[str, Any]]:
+    """One row per front point (or candidate): number, label, value and interval per objective."""
     candidates = study.candidates()
     chosen = [c for c in candidates if c.values] if everything else front_of(study, candidates)
-    scores = _scores(study, chosen, split, inline)
+    config = study_config(study, allow_task_code=allow_task_code)
+    scores = score_split(study, config, chosen, split, inline=inline)
     rows = []
     for c in chosen:
         row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
         for name, score in scores[c.number].items():
             row[name] = score.value
             row[f"±{name}"] = 1.959964 * score.stderr
-        row["recipe"] = c.recipe.fingerprint[:12]
+        row["recipe"] = c.fingerprint[:12]
         rows.append(row)
     return rows
 
@@ -141,9 +144,13 @@ def evaluate(
     else:
         read = read_recipe(recipe)
         donor = check_recipe_models(read)
-        spec = WorkerSpec(donor.path, read.models, spec.objectives, spec.device, spec.threads, read.out_dtype)
+        dtype = str(merged_dtype(read)).removeprefix("torch.")
+        spec = WorkerSpec(donor.path, read.models, spec.objectives, spec.device, spec.threads, dtype)
     worker = Worker(spec)
     for objective in worker.objectives:
+        problems = objective.check()
+        if problems:
+            raise ConfigError.of(problems, study)
         if split not in objective.splits:
             raise ConfigError(f"the objective {objective.name} has no {split} split")
     result = evaluate_safely(worker, Job(0, read, (split,)))
@@ -162,15 +169,23 @@ def evaluate(
     ]
 
 
-def export_candidate(study: Study, out: str, number: int | None, *, weights: bool, inline: bool) -> Path:
+def export_candidate(
+    study: Study, out: str, number: int | None, *, weights: bool, inline: bool, allow_task_code: bool
+) -> Path:
     """Export one candidate; its choice is settled before its test score is looked at."""
+    require_free(out)
+    config = study_config(study, allow_task_code=allow_task_code)
     candidates = study.candidates()
     if number is None:
-        chosen = winner(study, candidates, inline=inline)
+        chosen, notes = winner(study, config, candidates, inline=inline)
+        for note in notes:
+            say(f"note: {note}")
         say(f"candidate {chosen.number}: best of the front on the validation split")
     else:
         chosen = _numbered(study, candidates, number)
-    scores = {split: _scores(study, [chosen], split, inline)[chosen.number] for split in splits_of(study)}
+    scores = {
+        split: score_split(study, config, [chosen], split, inline=inline)[chosen.number] for split in splits_of(config)
+    }
     lost = chosen.recipe.to_mergekit()[1]
     return write_export(out, chosen.recipe, model_card(study, chosen, scores, lost), weights=weights)
 
@@ -219,17 +234,15 @@ def read_recipe(path: str) -> Recipe:
     Raises:
         RecipeError: with every problem in it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
-    return Recipe.from_yaml(text, path)
+    return Recipe.from_yaml(read_text(path), path)
 
 
 def find_study(where: str, storage: str | None, name: str | None) -> Study:
     """Open the study of a study file, of a folder with ledger.db, or of a database URL."""
     path = Path(where)
-    if storage is None and path.is_dir():
+    if "://" in where:
+        storage = where
+    elif storage is None and path.is_dir():
         storage = f"sqlite:///{path / 'ledger.db'}"
     elif storage is None or name is None:
         config = load_study_file(where)
@@ -238,7 +251,7 @@ def find_study(where: str, storage: str | None, name: str | None) -> Study:
         file = sqlite_file(storage)
         names = study_names(connect(storage, create=False))
         if len(names) != 1:
-            raise ConfigError(f"{file or storage} holds {len(names)} studies", hint="give --study-name")
+            raise ConfigError(f"{file or mask(storage)} holds {len(names)} studies", hint="give --study-name")
         name = names[0]
     return Study.load(storage, name)
 
@@ -248,8 +261,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _scores(study: Study, chosen: list[Candidate], split: str, inline: bool) -> dict[int, dict[str, Scores]]:
-    return score_split(study, chosen, split, inline=inline)
+def _resume_command(path: str, overrides: tuple[str, ...], *, inline: bool, allow_task_code: bool) -> str:
+    """The command that continues, as a shell takes it; passwords in it are masked."""
+    words = ["evomerge", "search", path]
+    for override in overrides:
+        words += ["-o", hide_passwords(override)]
+    words += ["--inline"] * inline + ["--allow-task-code"] * allow_task_code
+    return shlex.join(words)
 
 
 def _numbered(study: Study, candidates: list[Candidate], number: int) -> Candidate:

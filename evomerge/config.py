@@ -104,11 +104,19 @@ def load_study_file(path: str, overrides: tuple[str, ...] = (), *, allow_task_co
     Raises:
         ConfigError: with every problem that can be found without opening weights or tasks.
     """
+    return parse_study(read_text(path), path, overrides, allow_task_code=allow_task_code)
+
+
+def read_text(path: str | Path) -> str:
+    """A text file that a person wrote.
+
+    Raises:
+        ConfigError: it is missing, unreadable or not text.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the study file {path}: {error}") from None
-    return parse_study(text, path, overrides, allow_task_code=allow_task_code)
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {str(path)[:200]}: {str(error)[:200]}") from None
 
 
 def parse_study(
@@ -237,7 +245,7 @@ def _objectives(entries: Any, document: Document, problems: list[Problem], allow
                 continue
             folder, default = str(path.parent), path.stem
             try:
-                entry = load_yaml(path.read_text(encoding="utf-8"), str(path)).data
+                entry = load_yaml(read_text(path), str(path)).data
             except ConfigError as error:
                 problems += error.problems
                 continue
@@ -273,7 +281,7 @@ def _space(entry: Any, document: Document, problems: list[Problem]) -> tuple[dic
         problems.append(Problem(f"no search space {entry!r}", where, hint=f"there are {names}"))
         return {}, where
     try:
-        data = load_yaml(path.read_text(encoding="utf-8"), str(path)).data
+        data = load_yaml(read_text(path), str(path)).data
     except ConfigError as error:
         problems += error.problems
         return {}, where

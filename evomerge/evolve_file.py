@@ -66,7 +66,10 @@ def translate(data: dict[str, Any], source: str) -> tuple[dict[str, Any], list[s
     }
     if len(objectives) > 1:
         if min(weights) > 0:
-            study["optimizer"] = {"name": "cma_es", "weights": weights}
+            study["optimizer"] = {
+                "name": "cma_es",
+                "weights": {o["name"]: w for o, w in zip(objectives, weights, strict=True)},
+            }
         else:
             notes.append("tasks: a weight that is not positive is ignored; all are searched as a front")
     notes.append(f"budget: {DEFAULT_EVALUATIONS} evaluations, as --max-fevals; set it with -o budget.evaluations=N")
@@ -104,14 +107,19 @@ def _models(
         problems.append(Problem("genome.models: slerp is searched between two models only", source))
     names: dict[str, str] = {}
     for path in chosen:
-        stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).name) or "expert"
+        stem = re.sub(r"[^A-Za-z0-9_-]", "-", Path(path).name).strip("-") or "expert"
         name = stem if stem not in names else f"{stem}-{len(names)}"
         names[name] = path
     return base, names
 
 
 def _space(genome: dict[str, Any], method: str, base: str, notes: list[str]) -> dict[str, Any]:
-    granularity = int(genome.get("layer_granularity") or 0)
+    granularity = genome.get("layer_granularity") or 0
+    filters = genome.get("filters") or []
+    if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 0:
+        raise ConfigError(f"genome.layer_granularity is a number of layers, not {granularity!r}")
+    if not isinstance(filters, list) or not all(isinstance(f, str) for f in filters):
+        raise ConfigError(f"genome.filters is a list of name parts, not {filters!r}")
     spec: dict[str, Any] = {"method": method, "layer_groups": 1, "genes": {}}
     if granularity > 0:
         spec["layer_groups"] = max(1, _layers(base) // granularity)
@@ -120,7 +128,6 @@ def _space(genome: dict[str, Any], method: str, base: str, notes: list[str]) -> 
     if genome.get("tokenizer_source"):
         notes.append("genome.tokenizer_source: no equivalent; all models must share the base's tokenizer")
     notes.append("dtype: mergekit-evolve computes in bfloat16; here in float32, rounded once to the base's dtype")
-    filters = genome.get("filters")
     if filters:
         spec["components"] = {str(f): [str(f)] for f in filters} | {"rest": ["*"]}
     if method == "slerp":
@@ -156,6 +163,9 @@ def _tasks(
     if "apply_chat_template" not in data and not has_chat_template(base):
         notes.append("apply_chat_template: off, since the base's tokenizer has no chat template")
     objectives, weights = [], []
+    if not isinstance(data.get("tasks") or [], list):
+        problems.append(Problem("`tasks:` is a list", source))
+        return [], []
     for index, task in enumerate(data.get("tasks") or []):
         entry = {"name": task} if isinstance(task, str) else task
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):

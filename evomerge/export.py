@@ -12,24 +12,23 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite
-from evomerge.methods import merge_tensor
+from evomerge.methods import merge_tensor, torch_dtype
+from evomerge.model import check_siblings
 from evomerge.recipe import Recipe, layer_index
 from evomerge.strict_yaml import dump_yaml
-from evomerge.weights import Checkpoint, Weights, check_family, open_all
+from evomerge.weights import TOKENIZER_FILES, Checkpoint, Weights, check_family, open_all
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
@@ -55,6 +54,24 @@ def merge(recipe: Recipe, out: str, *, device: str = "cpu", shard_bytes: int = S
     return Path(out)
 
 
+def merged_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that transformers will load the recipe's written model in."""
+    for name in (recipe.out_dtype, recipe.dtype):
+        if name is not None:
+            return torch_dtype(name)
+    models = [Checkpoint(m) for m in recipe.models]
+    if recipe.compat == "mergekit":
+        return reduce(torch.promote_types, (m.dtype for m in models))
+    return models[0].dtype
+
+
+def require_free(out: str) -> None:
+    """Raise ConfigError unless `out` can become a new folder."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{out} exists already", hint="name a new folder, or remove that one")
+
+
 def check_recipe_models(recipe: Recipe) -> Checkpoint:
     """Open and compare a recipe's models; returns the donor of configuration and tokenizer.
 
@@ -66,7 +83,8 @@ def check_recipe_models(recipe: Recipe) -> Checkpoint:
     if broken:
         raise EnvironmentProblem("\n  - ".join(["the recipe's models cannot be read:", *map(str, broken)]))
     donor = opened[recipe.models[0]]
-    problems = check_family(donor, {m: c for m, c in opened.items() if m != donor.path})
+    others = {m: c for m, c in opened.items() if m != donor.path}
+    problems = [*check_siblings(donor, others), *check_family(donor, others)]
     if problems:
         raise ConfigError.of(problems, "the recipe's models")
     return donor
@@ -74,6 +92,7 @@ def check_recipe_models(recipe: Recipe) -> Checkpoint:
 
 def write_checkpoint(recipe: Recipe, folder: Path, *, device: str = "cpu", shard_bytes: int = SHARD_BYTES) -> None:
     """Write weights, config.json and tokenizer files of the merged model into an existing folder."""
+    require_device(device)
     donor = check_recipe_models(recipe)
     weights = Weights(recipe.models, device)
     plans = recipe.plan(donor.names, donor.n_layers)
@@ -89,9 +108,19 @@ def write_checkpoint(recipe: Recipe, folder: Path, *, device: str = "cpu", shard
     dtypes = _write_shards(merged(), folder, shard_bytes)
     layers = [i for i in (layer_index(p.name) for p in plans) if i is not None]
     _write_config(recipe, donor, folder, max(layers) + 1 if layers else 0, dtypes)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (donor.folder / name).is_file():
             shutil.copyfile(donor.folder / name, folder / name)
+
+
+def require_device(device: str) -> None:
+    """Raise ConfigError unless torch can compute there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}", hint="cpu, or cuda") from None
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"torch cannot compute on {device!r} here", hint="cpu, or cuda")
 
 
 def write_mergekit(recipe: Recipe, folder: Path) -> list[str]:
@@ -128,9 +157,8 @@ def export(out: str, recipe: Recipe, card: str, *, weights: bool = True) -> Path
 @contextmanager
 def _new_folder(out: str) -> Iterator[Path]:
     """A temporary folder that becomes `out` if the block ends well, and vanishes if it does not."""
+    require_free(out)
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{out} exists already", hint="name a new folder, or remove that one")
     parent = target.absolute().parent
     partial = parent / f".{target.name}.partial-{os.getpid()}"
     try:
@@ -148,7 +176,7 @@ def _new_folder(out: str) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise EnvironmentProblem(f"cannot write {out}: {error}") from error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +17,21 @@ from evomerge.weights import Checkpoint
 
 def check_architecture(checkpoint: Checkpoint) -> list[Problem]:
     """Whether transformers knows the architecture and holds its tensors one to one; loads no weight."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    for name, what in (("quantization_config", "quantised weights"), ("peft_type", "an adapter")):
+        if checkpoint.config.get(name) is not None:
+            return [Problem(f"config.json has `{name}`: {what} cannot be merged", where="base")]
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        return [Problem(f"transformers cannot build the model: {error}", where="base")]
+    except Exception as error:  # whatever a wrong config.json makes the model's own code raise
+        return [Problem(f"transformers cannot build the model: {_line(error)}", where="base")]
+    try:
+        AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        return [Problem(f"transformers cannot load the tokenizer: {_line(error)}", where="base")]
     live = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=True)}
     stored = {n: i.shape for n, i in checkpoint.info.items() if i.dtype.is_floating_point}
     buffers = {n for n, _ in model.named_buffers()}
@@ -38,6 +46,49 @@ def check_architecture(checkpoint: Checkpoint) -> list[Problem]:
             "(mixtures of experts) are not supported yet",
         )
     ]
+
+
+# What two fine-tunes of one base may differ in: everything else changes what the weights compute.
+FREE_KEYS = re.compile(
+    r"(token_id|dropout|drop$|initializer|label|version|cache|dtype|name_or_path|architectures|task_specific"
+    r"|max_position|max_length|return_dict|output_|problem_type|chunk_size|is_decoder|prun|finetuning|summary)"
+)
+
+
+def check_siblings(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[Problem]:
+    """Whether the experts' configurations, as transformers understands them, are the base's."""
+    from transformers import AutoConfig
+
+    def read(checkpoint: Checkpoint) -> dict[str, Any]:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+        return {k: v for k, v in config.to_dict().items() if not FREE_KEYS.search(k)}
+
+    problems: list[Problem] = []
+    try:
+        ours = read(base)
+    except Exception:  # check_architecture says what is wrong with the base
+        return []
+    for label, expert in experts.items():
+        try:
+            theirs = read(expert)
+        except Exception as error:
+            problems.append(Problem(f"transformers cannot read its config.json: {_line(error)}", where=label))
+            continue
+        for key in dict.fromkeys([*ours, *theirs]):
+            if ours.get(key) != theirs.get(key):
+                problems.append(
+                    Problem(
+                        f"config.json: {key} is {theirs.get(key)!r}, but {ours.get(key)!r} in the base",
+                        where=label,
+                        hint="experts must be fine-tunes of the base",
+                    )
+                )
+    return problems
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 GetTensor = Callable[[str, str], Tensor]
@@ -64,7 +115,7 @@ class LiveModel:
         try:
             self.model, loaded = AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=dtype or "auto",
+                dtype=dtype or self.checkpoint.dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,

@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +23,7 @@ from evomerge.errors import CandidateFailure, EnvironmentProblem, EvomergeError
 if TYPE_CHECKING:
     from evomerge.worker import Failed, Job, Outcome, Worker, WorkerSpec
 
+MAX_STARTS = 3  # so many workers in a row that die while they load end the search
 MAX_ATTEMPTS = 2  # a job whose worker died is tried once elsewhere; a second death is the job's fault
 START_TIMEOUT_S = 1800.0  # loading base and experts of the largest models from a cold disk
 
@@ -117,7 +117,7 @@ class LocalPool:
         self._context = multiprocessing.get_context("spawn")
         self._jobs: deque[Job] = deque()
         self._attempts: dict[int, int] = {}
-        self._started_once = False
+        self._failed_starts = 0
         self._slots = [self._start(index) for index in range(size)]
 
     def submit(self, job: Job) -> None:
@@ -177,7 +177,7 @@ class LocalPool:
         if isinstance(message, EvomergeError):
             raise message
         if message == "ready":
-            slot.ready = self._started_once = True
+            slot.ready, self._failed_starts = True, 0
             return []
         job, slot.job = slot.job, None
         self._attempts.pop(job.number if job else -1, None)
@@ -188,12 +188,13 @@ class LocalPool:
         from evomerge.worker import Failed
 
         code = slot.process.exitcode
-        self._replace(index, slot)
-        if not slot.ready and not self._started_once:
+        self._failed_starts += not slot.ready
+        if self._failed_starts >= MAX_STARTS:
             raise EnvironmentProblem(
-                f"a worker died while it loaded the models (exit code {code})",
+                f"{MAX_STARTS} workers in a row died while they loaded the models (exit code {code})",
                 hint="is there enough memory? `--inline` shows what it prints",
             )
+        self._replace(index, slot)
         job = slot.job
         if job is None:
             return []
@@ -436,9 +437,6 @@ class _RayWorker:
 
     def evaluate(self, job: Job) -> Outcome | Failed:
         return evaluate_safely(self._worker, job)
-
-
-PoolMaker = Callable[["WorkerSpec"], Pool]
 
 
 def make_pool(spec: WorkerSpec, *, local: int | None, ray: int | None, address: str | None, inline: bool) -> Pool:

@@ -15,12 +15,12 @@ from typing import Any
 
 from evomerge.config import StudyConfig
 from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
-from evomerge.model import check_architecture
+from evomerge.model import check_architecture, check_siblings
 from evomerge.objectives import Objective, make_objective
 from evomerge.optimizers import Goal, Optimizer, make
 from evomerge.recipe import Recipe
 from evomerge.space import SearchSpace, known_recipes
-from evomerge.storage import mask, sqlite_file
+from evomerge.storage import hide_passwords, mask, sqlite_file
 from evomerge.study import Header, Study
 from evomerge.weights import Checkpoint, check_family, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
@@ -64,8 +64,8 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     objectives = _objectives(config, problems)
     if "base" in opened:
         base = opened["base"]
-        problems += check_architecture(base)
-        problems += check_family(base, {n: c for n, c in opened.items() if n != "base"})
+        experts = {n: c for n, c in opened.items() if n != "base"}
+        problems += [*check_architecture(base), *check_siblings(base, experts), *check_family(base, experts)]
         space = _space(config, base, problems)
         if space is not None and not problems:
             problems += _try_optimizer(config, space, objectives)
@@ -75,7 +75,8 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         lines = "".join(f"\n  - {p}" for p in broken)
         raise EnvironmentProblem(f"{len(broken)} problems with files of {config.source}:{lines}")
     worker = worker_spec(config)
-    known = known_recipes(config.base, config.experts, config.seed) if config.known_recipes else []
+    fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
+    known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
     return Prepared(
         config=config,
         space=space,
@@ -221,12 +222,11 @@ def _header(
     }
     versions = {name: version(name) for name in LIBRARIES}
     versions["python"] = platform.python_version()
-    allow_code = any(o.allow_code for o in config.objectives)
     study_file = {
-        "text": config.text,
+        "text": hide_passwords(config.text),
         "source": config.source,
-        "overrides": list(overrides),
-        "allow_task_code": allow_code,
+        # Where the database is, is known to whoever opens it.
+        "overrides": [o for o in overrides if not o.startswith("storage=")],
     }
     directions = {o.name: o.maximize for o in objectives}
     count = config.workers.local or config.workers.ray or 1

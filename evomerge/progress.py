@@ -13,6 +13,8 @@ from rich.live import Live
 from evomerge import front
 from evomerge.search import Budget, Event, oriented
 
+MOST_OBJECTIVES = 4  # the exact hypervolume of a large front takes seconds beyond
+
 
 class Progress:
     """Counts what the search reports. Use as a context manager and pass `event` to Search.
@@ -69,11 +71,15 @@ class Progress:
             print(self._line(event), file=sys.stderr, flush=True)
 
     def hypervolume(self) -> float | None:
-        """Volume above the componentwise worst of the known recipes; None before they are scored."""
+        """Volume above the componentwise worst of the known recipes; None before they are scored,
+        or with more objectives than can be computed at every candidate."""
         anchors = [v for n, v in self._values.items() if n < self._known]
         if not anchors or not self._values:
             return None
-        return front.hypervolume(np.array(list(self._values.values())), np.min(anchors, axis=0))
+        values = np.array(list(self._values.values()))
+        if values.shape[1] > MOST_OBJECTIVES:
+            return None
+        return front.hypervolume(values, np.min(anchors, axis=0))
 
     def _take(self, event: Event) -> None:
         self._count += 1

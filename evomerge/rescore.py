@@ -5,7 +5,8 @@ The test split never influences a choice here: `winner` looks at validation scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,15 +22,14 @@ from evomerge.weights import Checkpoint
 from evomerge.worker import Failed, Job
 
 
-def study_config(study: Study) -> StudyConfig:
-    """The configuration that the study was started with, from its own record."""
+def study_config(study: Study, *, allow_task_code: bool = False) -> StudyConfig:
+    """The configuration that the study was started with, from its own record.
+
+    A database says what to read, never that its code may run: that is the user's to say each time.
+    """
     stored = study.header.study_file
-    return parse_study(
-        stored["text"],
-        stored["source"],
-        tuple(stored["overrides"]),
-        allow_task_code=stored["allow_task_code"],
-    )
+    overrides = tuple(stored["overrides"])
+    return parse_study(stored["text"], stored["source"], overrides, allow_task_code=allow_task_code)
 
 
 def front_of(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -40,7 +40,7 @@ def front_of(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
     unique: dict[str, Candidate] = {}
     for candidate in candidates:
         if candidate.values is not None:
-            unique.setdefault(candidate.recipe.fingerprint, candidate)
+            unique.setdefault(candidate.fingerprint, candidate)
     done = list(unique.values())
     if not done:
         return []
@@ -50,21 +50,26 @@ def front_of(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
     return [done[i] for i in order]
 
 
-def splits_of(study: Study) -> tuple[str, ...]:
+def splits_of(config: StudyConfig) -> tuple[str, ...]:
     """The splits that every objective of the study has."""
-    per_objective = [set(make_objective(o).splits) for o in study_config(study).objectives]
+    per_objective = [set(make_objective(o).splits) for o in config.objectives]
     return tuple(s for s in ("search", "validation", "test") if all(s in p for p in per_objective))
 
 
 def score_split(
     study: Study,
+    config: StudyConfig,
     candidates: Sequence[Candidate],
     split: str,
     *,
     inline: bool = False,
-    on_score: Callable[[int], None] = lambda number: None,
+    failures: dict[int, str] | None = None,
 ) -> dict[int, dict[str, Scores]]:
     """Scores of candidates on a split, by number; only what is not stored is computed.
+
+    Args:
+        config: from `study_config`.
+        failures: where to put the reasons of candidates that cannot be scored; absent: they raise.
 
     Raises:
         ConfigError: an objective has no such split.
@@ -80,33 +85,30 @@ def score_split(
             found[candidate.number] = stored
     if not missing:
         return found
-    if split not in splits_of(study):
+    if split not in splits_of(config):
         raise ConfigError(f"the study's objectives have no {split} split")
-    config = study_config(study)
     require_same_inputs(study, config)
-    spec = worker_spec(config, threads=study.header.threads)
+    # The time allowed was meant for a candidate on the search split; other splits are larger.
+    spec = replace(worker_spec(config, threads=study.header.threads), allowed_s=None)
     workers = config.workers
     size = min(workers.local or workers.ray or 1, len(missing))
-    pool = make_pool(
-        spec,
-        local=size,
-        ray=size if workers.ray else None,
-        address=workers.address,
-        inline=inline,
-    )
+    pool = make_pool(spec, local=size, ray=size if workers.ray else None, address=workers.address, inline=inline)
     try:
         for candidate in missing:
             pool.submit(Job(candidate.number, candidate.recipe, (split,)))
-        while len(found) < len(candidates):
+        waiting = len(missing)
+        while waiting:
             for result in pool.wait(timeout_s=1.0):
+                waiting -= 1
                 if isinstance(result, Failed):
-                    raise EnvironmentProblem(
-                        f"candidate {result.number} could not be scored on {split} ({result.reason}): {result.message}"
-                    )
-                scores = result.scores[split]
-                study.add_scores(result.number, split, scores)
-                found[result.number] = scores
-                on_score(result.number)
+                    message = f"candidate {result.number} has no {split} score ({result.reason}): {result.message}"
+                    if failures is None:
+                        raise EnvironmentProblem(message)
+                    failures[result.number] = message
+                elif study.add_scores(result.number, split, result.scores[split]):
+                    found[result.number] = result.scores[split]
+                else:  # another process was faster: its scores are the ones that count
+                    found[result.number] = study.scores(result.number, split) or result.scores[split]
     finally:
         pool.close()
     return found
@@ -126,22 +128,25 @@ def require_same_inputs(study: Study, config: StudyConfig) -> None:
             raise EnvironmentProblem(f"the objective {spec.name} has changed since the study was searched")
 
 
-def winner(study: Study, candidates: Sequence[Candidate], *, inline: bool = False) -> Candidate:
-    """The front's candidate with the best mean over objectives on the validation split.
+def winner(
+    study: Study, config: StudyConfig, candidates: Sequence[Candidate], *, inline: bool = False
+) -> tuple[Candidate, list[str]]:
+    """The front's candidate with the best mean over objectives on the validation split, and notes.
 
     Objectives are scaled to their range over the front, so that none outweighs the others by its unit.
-    Without validation splits the search scores decide.
+    A point that cannot be scored on validation is left out, with a note. Without validation splits the
+    search scores decide.
     """
     found = front_of(study, candidates)
+    failures: dict[int, str] = {}
+    values = {c.number: list(c.values or ()) for c in found}
+    if "validation" in splits_of(config):
+        scores = score_split(study, config, found, "validation", inline=inline, failures=failures)
+        values = {n: [by_name[o].value for o in study.header.objectives] for n, by_name in scores.items()}
+    found = [c for c in found if c.number in values]
     if not found:
-        raise ConfigError(f"the study {study.name!r} has no finished candidate yet")
-    ups = list(study.header.objectives.values())
-    if "validation" in splits_of(study):
-        scores = score_split(study, found, "validation", inline=inline)
-        values = [[scores[c.number][n].value for n in study.header.objectives] for c in found]
-    else:
-        values = [list(c.values or ()) for c in found]
-    array = oriented(values, ups)
+        raise ConfigError(f"the study {study.name!r} has no candidate to choose from yet")
+    array = oriented([values[c.number] for c in found], list(study.header.objectives.values()))
     spread = np.ptp(array, axis=0)
     scaled = (array - array.min(axis=0)) / np.where(spread > 0, spread, 1.0)
-    return found[int(np.argmax(scaled.mean(axis=1)))]
+    return found[int(np.argmax(scaled.mean(axis=1)))], list(failures.values())

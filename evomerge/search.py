@@ -26,7 +26,6 @@ from evomerge.study import Candidate, Study
 from evomerge.worker import Failed, Job, Outcome
 
 HOPELESS = 10  # so many failures in a row, and nothing else, end a search
-BEAT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class Search:
                     return "stopped" if self.stop.is_set() else "budget"
                 for result in self._workers().wait(timeout_s=1.0):
                     self._record(result)
-                self._beat()
         finally:
             if self._pool is not None:
                 self._pool.close()
@@ -102,7 +100,6 @@ class Search:
     def _begin(self) -> None:
         """Rebuild everything from the study, and take up what was running."""
         self._clock = time.monotonic()
-        self._beaten = time.monotonic()
         self._in_flight: dict[int, Recipe] = {}
         self._points: dict[int, np.ndarray] = {}
         self._waiting: dict[int, list[int]] = {}
@@ -115,7 +112,7 @@ class Search:
         self._arrivals = len(ended)
         self._before_s = max((c.attrs.get("elapsed_s", 0.0) for c in ended), default=0.0)
         for candidate in ended:
-            self._finished.setdefault(candidate.recipe.fingerprint, candidate)
+            self._finished.setdefault(candidate.fingerprint, candidate)
             self._tell(candidate)
         for candidate in candidates:
             if candidate.state == "running":
@@ -209,14 +206,15 @@ class Search:
         self._after_close(number, elapsed)
 
     def _close_failed(self, number: int, reason: str, message: str, same_as: int | None = None) -> None:
-        self.study.fail(number, reason, message, self._arrivals)
-        self._after_close(number, self._elapsed_s(), same_as)
+        elapsed = self._elapsed_s()
+        self.study.fail(number, reason, message, self._arrivals, {"elapsed_s": round(elapsed, 3)})
+        self._after_close(number, elapsed, same_as)
 
     def _after_close(self, number: int, elapsed: float, same_as: int | None = None) -> None:
         candidate = self.study.candidate(number)
         self._arrivals += 1
         self._points.pop(number, None)
-        self._finished.setdefault(candidate.recipe.fingerprint, candidate)
+        self._finished.setdefault(candidate.fingerprint, candidate)
         self.on_event(
             Event(
                 number=number,
@@ -249,11 +247,6 @@ class Search:
                 stderr=np.array(candidate.stderr) if candidate.stderr is not None else None,
             )
         )
-
-    def _beat(self) -> None:
-        if time.monotonic() - self._beaten > BEAT_S:
-            self._beaten = time.monotonic()
-            self.study.beat()
 
 
 def oriented(values: ArrayLike, maximize: Sequence[bool]) -> np.ndarray:

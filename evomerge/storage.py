@@ -7,7 +7,9 @@ synchronous=FULL: a commit is on the disk when it returns.
 from __future__ import annotations
 
 import base64
+import json
 import os
+import re
 import socket
 import time
 import zlib
@@ -31,6 +33,11 @@ LEASE_S = 120.0  # a lease on another host that has not been renewed for so long
 def mask(url: str) -> str:
     """The URL without its password."""
     return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+
+
+def hide_passwords(text: str) -> str:
+    """Text in which the password of every URL is three asterisks."""
+    return re.sub(r"(://[^/\s:@]*:)[^@\s]*@", r"\1***@", text)
 
 
 def storage_problem(url: str) -> str | None:
@@ -74,7 +81,7 @@ def connect(url: str, *, create: bool) -> RDBStorage:
         if not create:
             _require_optuna(url)
         kwargs = {"connect_args": {"timeout": 60}} if file else {"pool_pre_ping": True}
-        storage = RDBStorage(url, engine_kwargs=kwargs)
+        storage = _open_tables(url, kwargs)
         if file is not None:
             _make_durable(storage.engine)
     version = storage._version_manager
@@ -84,6 +91,29 @@ def connect(url: str, *, create: bool) -> RDBStorage:
             hint=f"install the optuna of constraints.txt ({version.get_current_version()})",
         )
     return storage
+
+
+def _open_tables(url: str, kwargs: dict[str, Any]) -> RDBStorage:
+    """Optuna's storage, its tables made where they are missing; two makers at once do not harm each other."""
+    for _ in range(4):
+        try:
+            return RDBStorage(url, engine_kwargs=dict(kwargs))
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
+            time.sleep(0.5)  # the other maker is between two tables
+    return RDBStorage(url, engine_kwargs=dict(kwargs))
+
+
+def is_empty(url: str) -> bool:
+    """Whether the database holds no table at all: a new one, or one whose making was interrupted at once."""
+    file = sqlite_file(url)
+    if file is not None and (not file.exists() or file.stat().st_size == 0):
+        return True
+    with storage_errors(url):
+        engine = sqlalchemy.create_engine(url)
+        try:
+            return not sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
 
 
 def _require_optuna(url: str) -> None:
@@ -146,6 +176,18 @@ def alive(lease: Mapping[str, Any]) -> bool:
     if lease["pid"] == os.getpid():
         return False
     return lease["started"] is not None and process_start(lease["pid"]) == lease["started"]
+
+
+def new_lease(token: str) -> str:
+    """This process's claim on a study, as JSON."""
+    mine = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": process_start(os.getpid()),
+        "beat": time.time(),
+    }
+    return json.dumps(mine)
 
 
 def process_start(pid: int) -> str | None:

@@ -7,12 +7,12 @@ scores go into system attributes, packed into pieces below 60 KB, which every da
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-import os
-import socket
+import threading
 import time
-import warnings
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,10 +33,10 @@ from evomerge.recipe import Recipe
 from evomerge.storage import (
     alive,
     connect,
+    is_empty,
     mask,
+    new_lease,
     pack,
-    process_start,
-    sqlite_file,
     storage_errors,
     unpack,
 )
@@ -49,6 +49,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 PIECE_CHARS = 59_000
 HEADER = "evomerge:header"
 LEASE = "evomerge:lease"
+BEAT_S = 20.0
 ITEMS = "evomerge:items"
 
 
@@ -85,13 +86,18 @@ class Candidate:
     number: int
     state: str
     label: str | None
-    recipe: Recipe
+    fingerprint: str
     params: dict[str, float] | None
     values: tuple[float, ...] | None = None
     stderr: tuple[float, ...] | None = None
     arrival: int | None = None
     reason: str | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, read from its text at each call: a study of many candidates opens at once."""
+        return Recipe.from_yaml(self.attrs["recipe"], f"candidate {self.number}")
 
 
 class Study:
@@ -100,6 +106,9 @@ class Study:
     def __init__(self, storage: RDBStorage, name: str) -> None:
         self.name = name
         self._storage = storage
+        self._token: str | None = None
+        self._lease: str | None = None
+        self._heart: threading.Thread | None = None
         self._id = storage.get_study_id_from_name(name)
         text = storage.get_study_system_attrs(self._id).get(HEADER)
         if text is None:
@@ -119,20 +128,31 @@ class Study:
         """
         storage = connect(url, create=True)
         up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-        directions = [up if maximize else down for maximize in header.objectives.values()]
-        with storage_errors(url):
-            try:
-                study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-            except optuna.exceptions.DuplicatedStudyError:
-                raise StudyConflict(f"the database already holds a study named {name!r}") from None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(list(header.objectives))
-            study.set_user_attr("study_file", header.study_file.get("text", ""))
-            for key, value in header.versions.items():
-                study.set_user_attr(f"version.{key}", value)
-            # Last: a study without a header is one whose creation was interrupted.
-            storage.set_study_system_attr(study._study_id, HEADER, json.dumps(vars(header)))
+        system = {
+            "study:metric_names": list(header.objectives),  # Optuna's own key, which the dashboard reads
+            HEADER: json.dumps(vars(header)),
+            LEASE: "",
+        }
+        user = {"study_file": header.study_file.get("text", "")}
+        user |= {f"version.{key}": value for key, value in header.versions.items()}
+        # One transaction: a study of ours always has its header, however its creation was interrupted.
+        with storage_errors(url), storage.scoped_session() as session, session.begin():
+            if session.query(tables.StudyModel).filter_by(study_name=name).first() is not None:
+                raise StudyConflict(f"the database already holds a study named {name!r}")
+            directions = [
+                tables.StudyDirectionModel(objective=i, direction=up if maximize else down)
+                for i, maximize in enumerate(header.objectives.values())
+            ]
+            row = tables.StudyModel(study_name=name, directions=directions)
+            session.add(row)
+            session.flush()
+            for table, attrs in (
+                (tables.StudyUserAttributeModel, user),
+                (tables.StudySystemAttributeModel, system),
+            ):
+                for key, value in attrs.items():
+                    session.add(table(study_id=row.study_id, key=key, value_json=json.dumps(value)))
+        storage.scoped_session.remove()
         return cls(storage, name)
 
     @classmethod
@@ -155,21 +175,12 @@ class Study:
 
     @classmethod
     def exists(cls, url: str, name: str) -> bool:
-        """Whether the database can be opened and holds a finished header of that name."""
-        file = sqlite_file(url)
-        if file is not None and not file.exists():
+        """Whether the database holds a study of that name, ours or not. Writes nothing."""
+        if is_empty(url):
             return False
         storage = connect(url, create=False)
         with storage_errors(url):
-            if name not in study_names(storage):
-                return False
-            attrs = storage.get_study_system_attrs(storage.get_study_id_from_name(name))
-            ours_unfinished = HEADER not in attrs and not storage.get_all_trials(storage.get_study_id_from_name(name))
-            if ours_unfinished and "study:metric_names" in attrs:
-                # Killed between creating the study and writing its header: nothing is lost.
-                storage.delete_study(storage.get_study_id_from_name(name))
-                return False
-        return True
+            return name in study_names(storage)
 
     def require_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise StudyConflict naming every part in which the stored study differs."""
@@ -201,7 +212,7 @@ class Study:
         distributions: dict[str, BaseDistribution] = {
             name: FloatDistribution(low, high, log=log) for name, (low, high, log) in bounds.items()
         }
-        attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint[:16]}
+        attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint}
         if label is not None:
             attrs["label"] = label
         trial = optuna.trial.create_trial(
@@ -210,6 +221,8 @@ class Study:
             distributions=distributions if params is not None else {},
             user_attrs=attrs,
         )
+        with self._session() as session:
+            self._require_lease(session)
         with storage_errors(self._storage.url):
             made = self._storage._create_new_trial(self._id, trial)
         return int(made.number)
@@ -233,9 +246,11 @@ class Study:
         rows = {"arrival": arrival, **attrs, **_score_attrs(scores)}
         return self._close(number, TrialState.COMPLETE, rows, _item_attrs(scores), values)
 
-    def fail(self, number: int, reason: str, message: str, arrival: int) -> bool:
+    def fail(
+        self, number: int, reason: str, message: str, arrival: int, attrs: Mapping[str, Any] | None = None
+    ) -> bool:
         """Record a candidate as failed with its reason; False if it was finished already."""
-        rows = {"arrival": arrival, "reason": reason, "message": message[-20_000:]}
+        rows = {"arrival": arrival, "reason": reason, "message": message[-20_000:], **(attrs or {})}
         return self._close(number, TrialState.FAIL, rows, {}, [])
 
     def add_scores(self, number: int, split: str, scores: Mapping[str, Scores]) -> bool:
@@ -244,6 +259,12 @@ class Study:
         rows = _score_attrs({split: scores})
         with self._session() as session:
             trial = self._row(session, number)
+            # Writing first takes the lock, so that of two writers the second sees the first's scores.
+            session.execute(
+                sqlalchemy.update(tables.TrialModel)
+                .where(tables.TrialModel.trial_id == trial.trial_id)
+                .values(number=number)
+            )
             table = tables.TrialUserAttributeModel
             held = session.query(table).filter_by(trial_id=trial.trial_id, key=key).first()
             if held is not None:
@@ -275,6 +296,7 @@ class Study:
             )
             if changed.rowcount != 1:
                 return False
+            self._require_lease(session)
             trial = self._row(session, number)
             trial.datetime_complete = datetime.datetime.now()
             for index, value in enumerate(values):
@@ -347,7 +369,7 @@ class Study:
             number=trial.number,
             state=state,
             label=attrs.get("label"),
-            recipe=Recipe.from_yaml(attrs["recipe"], f"candidate {trial.number}"),
+            fingerprint=attrs["recipe_id"],
             params=dict(trial.params) or None,
             values=tuple(trial.values) if done else None,
             stderr=tuple(attrs[f"stderr.search.{n}"] for n in names) if done else None,
@@ -359,38 +381,60 @@ class Study:
     # ---------------------------------------------------------------- one controller at a time
 
     def acquire(self) -> None:
-        """Take the lease: this process alone may write.
+        """Take the lease: this process alone may write. A thread renews it until `release`.
 
         Raises:
             StudyConflict: another living process holds it.
         """
-        held = self._storage.get_study_system_attrs(self._id).get(LEASE)
-        if held:
-            lease = json.loads(held)
-            if alive(lease):
-                age = time.time() - lease["beat"]
-                raise StudyConflict(
-                    f"the study {self.name!r} is being searched by process {lease['pid']} on "
-                    f"{lease['host']} (seen {age:.0f} s ago)",
-                    hint="wait for it, or stop it",
-                )
-        self.beat()
-
-    def beat(self) -> None:
-        """Renew the lease."""
-        mine = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": process_start(os.getpid()),
-            "beat": time.time(),
-        }
         with storage_errors(self._storage.url):
-            self._storage.set_study_system_attr(self._id, LEASE, json.dumps(mine))
+            held = self._storage.get_study_system_attrs(self._id).get(LEASE, "")
+        if held and alive(json.loads(held)):
+            raise StudyConflict(_held_by(self.name, held), hint="wait for it, or stop it")
+        self._token = uuid.uuid4().hex
+        if not self._swap_lease(held, mine := new_lease(self._token)):
+            held = self._storage.get_study_system_attrs(self._id).get(LEASE, "")
+            raise StudyConflict(_held_by(self.name, held), hint="wait for it, or stop it")
+        self._lease = mine
+        self._done = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
 
     def release(self) -> None:
-        """Give the lease back."""
-        with storage_errors(self._storage.url):
-            self._storage.set_study_system_attr(self._id, LEASE, "")
+        """Give the lease back, if this process still holds it."""
+        if self._lease is not None and self._heart is not None:
+            self._done.set()
+            self._heart.join()
+            self._swap_lease(self._lease, "")
+            self._lease = self._token = self._heart = None
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT_S):
+            # A failure here is no news: the next write fails too, with its own message.
+            with contextlib.suppress(StorageError):
+                renewed = new_lease(str(self._token))
+                if self._lease is not None and self._swap_lease(self._lease, renewed):
+                    self._lease = renewed
+
+    def _swap_lease(self, seen: str, wanted: str) -> bool:
+        """Replace the lease in one statement if it is still what was seen: of two takers, one wins."""
+        table = tables.StudySystemAttributeModel
+        with self._session() as session:
+            changed = session.execute(
+                sqlalchemy.update(table)
+                .where(table.study_id == self._id, table.key == LEASE, table.value_json == json.dumps(seen))
+                .values(value_json=json.dumps(wanted))
+            )
+            return bool(changed.rowcount == 1)
+
+    def _require_lease(self, session: Any) -> None:
+        """Inside a write: fail if another process has taken over (this one was stopped for too long)."""
+        if self._token is None:
+            return
+        table = tables.StudySystemAttributeModel
+        row = session.query(table).filter_by(study_id=self._id, key=LEASE).one()
+        held = json.loads(row.value_json)
+        if not held or json.loads(held)["token"] != self._token:
+            raise StudyConflict(_held_by(self.name, held), hint="this process has lost the study to it")
 
     @contextmanager
     def _session(self) -> Iterator[Any]:
@@ -438,6 +482,14 @@ def _item_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
             for k, start in enumerate(range(0, max(1, len(text)), PIECE_CHARS)):
                 packed[f"{ITEMS}:{split}:{name}:{k:03d}"] = text[start : start + PIECE_CHARS]
     return packed
+
+
+def _held_by(name: str, lease: str) -> str:
+    if not lease:
+        return f"the study {name!r} was released by another process"
+    held = json.loads(lease)
+    age = time.time() - held["beat"]
+    return f"the study {name!r} is being searched by process {held['pid']} on {held['host']} (seen {age:.0f} s ago)"
 
 
 def _short(value: Any) -> str:

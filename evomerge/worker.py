@@ -6,8 +6,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,23 +81,20 @@ class Failed:
     message: str
 
 
-@dataclass
 class Worker:
     """Weights, model and objectives in one process. A plain class; pools run it elsewhere."""
 
-    spec: WorkerSpec
-    on_stage: Callable[[str], None] = field(default=lambda stage: None)
-
-    def __post_init__(self) -> None:
-        if self.spec.threads:
-            torch.set_num_threads(self.spec.threads)
-        dtype = getattr(torch, self.spec.dtype) if self.spec.dtype else None
-        device = self.spec.device
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        dtype = getattr(torch, spec.dtype) if spec.dtype else None
+        device = spec.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.weights = Weights(self.spec.models, device)
-        self.live = LiveModel(self.spec.base, device, dtype)
-        self.objectives: list[Objective] = [make_objective(o) for o in self.spec.objectives]
+        self.weights = Weights(spec.models, device)
+        self.live = LiveModel(spec.base, device, dtype)
+        self.objectives: list[Objective] = [make_objective(o) for o in spec.objectives]
 
     def evaluate(self, job: Job) -> Outcome:
         """Merge the job's recipe into the live model and score it.
@@ -108,11 +104,9 @@ class Worker:
         """
         _reset_peak(self.live.device)
         started = time.perf_counter()
-        self.on_stage("merging")
         faults.point("merging")
         self.live.install(job.recipe, self.weights)
         merged = time.perf_counter()
-        self.on_stage("scoring")
         scores: dict[str, dict[str, Scores]] = {}
         for split in job.splits:
             scores[split] = {}

@@ -150,6 +150,6 @@ def evomerge(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def study_rows(record: Any) -> list[tuple[Any, ...]]:
     """What must be equal between two runs of one study: everything but times and processes."""
     return [
-        (c.number, c.state, c.label, c.recipe.fingerprint, c.params, c.values, c.stderr, c.arrival, c.reason)
+        (c.number, c.state, c.label, c.fingerprint, c.params, c.values, c.stderr, c.arrival, c.reason)
         for c in record.candidates()
     ]

@@ -72,6 +72,16 @@ def change_config(key: str, value: object) -> None:
     Path("red/config.json").write_text(json.dumps(config | {key: value}))
 
 
+def change_base(key: str, value: object) -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(config | {key: value}))
+
+
+def binary_space() -> None:
+    edit_study(lambda d: d.update(space="s.yaml"))
+    Path("s.yaml").write_bytes(b"\xff")
+
+
 def set_objective(key: str, value: object) -> None:
     edit_study(lambda d: d["objectives"][0].update({key: value}))
 
@@ -119,6 +129,10 @@ BAD = {
     "unknown option": (lambda: edit_study(lambda d: d.update({"optimizer": {"name": "map", "x": 1}})), 2, "x"),
     "unwritable": (lambda: edit_study(lambda d: d.update({"storage": "sqlite:////proc/1/x/l.db"})), 3, "/proc/1"),
     "in a file": (lambda: edit_study(lambda d: d.update({"storage": "sqlite:///study.yaml/l.db"})), 3, "cannot write"),
+    "no tokenizer": (lambda: [p.unlink() for p in Path("base").glob("tokenizer*")], 2, "cannot load the tokenizer"),
+    "config of nothing": (lambda: Path("base/config.json").write_text('{"model_type": ["x"]}'), 2, "cannot build"),
+    "binary space": (binary_space, 2, "s.yaml"),
+    "quantised": (lambda: [change_base("quantization_config", {"bits": 4})], 2, "quantization_config"),
     "foreign database": (foreign_database, 4, "not made by evomerge"),
 }  # fmt: skip
 
@@ -258,7 +272,7 @@ def test_equal_recipes_are_scored_once(work: Path, run: Run, how: list[str]) -> 
     assert code == 0, err
     candidates = Study.load(URL, "tiny").candidates()
     twins = [c for c in candidates if "same_as" in c.attrs]
-    assert len({c.recipe.fingerprint for c in candidates}) == 14 - len(twins)
+    assert len({c.fingerprint for c in candidates}) == 14 - len(twins)
     assert twins, err
     for c in twins:
         assert c.values == candidates[c.attrs["same_as"]].values
@@ -287,6 +301,100 @@ def test_a_genome_file_is_searched(work: Path, run: Run) -> None:
     assert "note: genome.smooth" in err
     candidate = Study.load("sqlite:///runs/genome/ledger.db", "genome").candidates()[-1]
     assert candidate.recipe.method == "ties" and len(candidate.params or {}) == 8
+
+
+@pytest.mark.parametrize(
+    ("genome", "dims"),
+    [
+        ("{models: [base, red, green], merge_method: linear}", 3),
+        ("{models: [base, red], base_model: base, merge_method: slerp, layer_granularity: 1}", 2),
+        ("{models: [red, Blue2.5], base_model: base, merge_method: dare_ties, filters: [mlp]}", 8),
+        ("{models: [red], base_model: base, merge_method: task_arithmetic, allow_negative_weights: true}", 1),
+    ],
+)
+def test_every_kind_of_genome_file_is_searched(work: Path, run: Run, genome: str, dims: int) -> None:
+    shutil.copytree("blue", "Blue2.5")
+    Path("genome.yml").write_text(f"genome: {genome}\ntasks: [{{name: pick, weight: 2.0}}, {{name: text}}]\n")
+    study = yaml.safe_load(Path("study.yaml").read_text())
+    Path("pick_.yaml").write_text(yaml.safe_dump({**study["objectives"][0], "name": "pick"}))
+    Path("text_.yaml").write_text(yaml.safe_dump({**study["objectives"][1], "name": "text"}))
+    overrides = ["objectives=[pick_.yaml, text_.yaml]", "budget.evaluations=14", "workers={local: 1, threads: 1}"]
+    code, _, err = run("search", "genome.yml", "--inline", *[x for o in overrides for x in ("-o", o)])
+    assert code == 0, err
+    record = Study.load("sqlite:///runs/genome/ledger.db", "genome")
+    assert len(record.candidates()[-1].params or {}) == dims
+    assert record.header.identity["optimizer"] == {"name": "cma_es", "weights": {"pick": 2.0, "text": 1.0}}
+
+
+def test_a_database_never_lets_task_code_run(work: Path, run: Run) -> None:
+    Path("mine.py").write_text("open('ran', 'a').write('x')\ndef text(doc): return doc['prompt']\n")
+    text = Path("pick.yaml").read_text()
+    Path("pick.yaml").write_text(text.replace("doc_to_text: prompt", "doc_to_text: !function mine.text"))
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 2
+    assert not Path("ran").exists()
+    assert run("search", "study.yaml", "--inline", "-q", "--allow-task-code")[0] == 0
+    Path("ran").unlink()
+    for command in (["front", "runs/tiny", "--split", "test"], ["export", "runs/tiny", "out"]):
+        code, _, err = run(*command, "--inline")
+        assert code == 2 and "--allow-task-code" in err
+        assert not Path("ran").exists()
+    assert run("front", "runs/tiny", "--split", "test", "--inline", "--allow-task-code")[0] == 0
+
+
+def test_the_command_that_continues_can_be_pasted(work: Path, run: Run) -> None:
+    import shlex
+
+    from evomerge.commands import _resume_command
+
+    overrides = ("workers={local: 1, threads: 1}", "storage=postgresql://me:s3cret@host/db")
+    text = _resume_command("my study.yaml", overrides, inline=True, allow_task_code=True)
+    assert "s3cret" not in text
+    assert shlex.split(text)[2:5] == ["my study.yaml", "-o", overrides[0]]
+    assert text.endswith("--inline --allow-task-code")
+
+
+def test_eval_scores_in_the_dtype_that_merge_writes(work: Path, run: Run) -> None:
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "compat": "paper", "seed": 0,
+              "dtype": "bfloat16", "models": [{"model": "red", "parameters": {"weight": 0.5}}]}  # fmt: skip
+    for compat in ("paper", None):
+        Path("r.yaml").write_text(
+            yaml.safe_dump({k: v for k, v in (recipe | {"compat": compat}).items() if v is not None})
+        )
+        assert run("merge", "r.yaml", f"merged-{compat}")[0] == 0
+        code, first, err = run("eval", "r.yaml", "study.yaml", "-f", "json")
+        assert code == 0, err
+        assert run("eval", f"merged-{compat}", "study.yaml", "-f", "json")[1] == first
+
+
+def test_a_config_that_lies_about_the_dtype_changes_no_score(work: Path, run: Run) -> None:
+    for name in ("base", "red", "green", "blue"):
+        config = json.loads(Path(name, "config.json").read_text())
+        Path(name, "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 0
+    assert run("export", "runs/tiny", "out", "--candidate", "12", "--inline")[0] == 0
+    _, out, _ = run("eval", "out", "study.yaml", "-f", "json")
+    stored = Study.load(URL, "tiny").candidate(12).values
+    assert stored is not None and [r["value"] for r in json.loads(out)] == list(stored)
+
+
+def test_a_changed_tokenizer_is_another_study(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=2")[0] == 0
+    for name in ("base", "red", "green", "blue"):
+        path = Path(name, "tokenizer.json")
+        data = json.loads(path.read_text())
+        data["model"]["vocab"]["a"], data["model"]["vocab"]["b"] = (
+            data["model"]["vocab"]["b"],
+            data["model"]["vocab"]["a"],
+        )
+        path.write_text(json.dumps(data))
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 4
+
+
+@pytest.mark.parametrize("device", ["tpu", "foo", "cuda:99"])
+def test_merge_on_a_device_that_is_not_there(work: Path, run: Run, device: str) -> None:
+    Path("r.yaml").write_text("merge_method: linear\nmodels: [{model: red, parameters: {weight: 1.0}}]\n")
+    assert run("merge", "r.yaml", "out", "--device", device)[0] == 2
+    assert not Path("out").exists()
 
 
 def test_ls_lists_what_a_study_can_name(run: Run) -> None:

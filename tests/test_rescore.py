@@ -39,7 +39,7 @@ def test_the_front_is_that_of_brute_force_without_repeats(study: Study) -> None:
 def test_the_winner_is_best_on_validation_with_every_objective_weighing_the_same(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rescore, "splits_of", lambda s: ("search", "validation", "test"))
+    monkeypatch.setattr(rescore, "splits_of", lambda config: ("search", "validation", "test"))
     for number, (up, down) in {3: (0.9, 9.0), 1: (0.8, 2.0), 5: (0.2, 1.0)}.items():
         scores = {"up": Scores(up, 0.1, np.zeros(4)), "down": Scores(down, 0.1, np.zeros(4))}
         study.add_scores(number, "validation", scores)
@@ -47,4 +47,5 @@ def test_the_winner_is_best_on_validation_with_every_objective_weighing_the_same
         study.add_scores(
             number, "test", {"up": Scores(float(number == 3), 0, np.zeros(4)), "down": Scores(0, 0, np.zeros(4))}
         )
-    assert winner(study, study.candidates()).number == 1
+    best, notes = winner(study, None, study.candidates())  # type: ignore[arg-type]
+    assert (best.number, notes) == (1, [])

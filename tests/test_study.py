@@ -174,14 +174,80 @@ def test_an_optuna_study_that_is_not_ours_is_a_conflict(url: str, tmp_path: Path
     assert Study.exists(url, "x")
 
 
-def test_a_creation_that_was_interrupted_is_made_again(url: str) -> None:
-    study = Study.create(url, "x", header())
-    with study._session() as session:
-        from optuna.storages._rdb import models
-
-        session.query(models.StudySystemAttributeModel).filter_by(key="evomerge:header").delete()
+def test_a_creation_that_was_interrupted_is_made_again(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "runs" / "x" / "ledger.db"
+    file.parent.mkdir(parents=True)
+    file.touch()  # killed before the first table
+    assert not Study.exists(url, "x")
+    optuna.storages.RDBStorage(url)  # killed before the study
     assert not Study.exists(url, "x")
     assert Study.create(url, "x", header()).candidates() == []
+    assert Study.exists(url, "x")
+
+
+def test_looking_never_changes_anothers_study(url: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    made = optuna.create_study(storage=url, study_name="x", directions=["maximize", "minimize"])
+    made.set_metric_names(["acc", "bits"])
+    assert Study.exists(url, "x")
+    with pytest.raises(StudyConflict):
+        Study.load(url, "x")
+    assert optuna.get_all_study_names(url) == ["x"]
+
+
+def _create(url: str, barrier: object, results: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        study = Study.create(url, "x", header())
+        study.acquire()
+        results.put("made")  # type: ignore[attr-defined]
+        time.sleep(3)
+    except StudyConflict:
+        results.put("conflict")  # type: ignore[attr-defined]
+    except BaseException as error:
+        results.put(repr(error))  # type: ignore[attr-defined]
+
+
+def _acquire(url: str, barrier: object, results: object) -> None:
+    study = Study.load(url, "x")
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        study.acquire()
+        results.put("held")  # type: ignore[attr-defined]
+        time.sleep(3)
+    except StudyConflict:
+        results.put("conflict")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("target", [_create, _acquire])
+def test_of_controllers_that_start_together_exactly_one_holds_the_study(url: str, target: object) -> None:
+    if target is _acquire:
+        Study.create(url, "x", header())
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=target, args=(url, barrier, results)) for _ in range(4)]  # type: ignore[arg-type]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found == ["conflict"] * 3 + [found[-1]] and found[-1] in ("made", "held"), found
+
+
+def test_a_controller_that_was_stopped_too_long_cannot_write(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.acquire()
+    study.propose(RECIPE, None, BOUNDS)
+    other = Study.load(url, "x")
+    other._token = "theirs"
+    assert other._swap_lease(str(study._lease), json.dumps({**json.loads(str(study._lease)), "token": "theirs"}))
+    with pytest.raises(StudyConflict, match="lost the study"):
+        study.finish(0, scores(0.7), 0, {})
+    with pytest.raises(StudyConflict, match="lost the study"):
+        study.propose(RECIPE, None, BOUNDS)
+    assert other.candidate(0).state == "running"
+    study.release()
+    assert other.finish(0, scores(0.7), 0, {}), "a release by the loser takes nothing from the holder"
 
 
 def test_files_that_are_no_study_database(tmp_path: Path) -> None:
@@ -234,11 +300,12 @@ def test_one_controller_at_a_time_and_a_dead_one_is_no_obstacle(url: str) -> Non
 def test_a_reused_process_number_is_not_the_old_process(url: str) -> None:
     study = Study.create(url, "x", header())
     study.acquire()
-    lease = json.loads(study._storage.get_study_system_attrs(study._id)["evomerge:lease"])
+    lease = json.loads(str(study._lease))
     assert lease["started"] == process_start(os.getpid())
     parent = {**lease, "pid": os.getppid(), "started": "1"}
-    study._storage.set_study_system_attr(study._id, "evomerge:lease", json.dumps(parent))
+    assert study._swap_lease(str(study._lease), json.dumps(parent))
     study.acquire()
+    study.release()
 
 
 def test_the_frame_has_a_row_per_candidate(url: str) -> None:

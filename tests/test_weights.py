@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import WeightsError
-from evomerge.model import check_architecture
+from evomerge.model import check_architecture, check_siblings
 from evomerge.weights import Checkpoint, Weights, check_family, open_all
 
 EXPERTS = ("red", "green", "blue")
@@ -28,7 +28,8 @@ def problems() -> list[str]:
     opened, broken = open_all({n: n for n in ("base", *EXPERTS)})
     found = list(broken)
     if "base" in opened:
-        found += check_family(opened["base"], {n: c for n, c in opened.items() if n != "base"})
+        experts = {n: c for n, c in opened.items() if n != "base"}
+        found += [*check_siblings(opened["base"], experts), *check_family(opened["base"], experts)]
     return [str(p) for p in found]
 
 
@@ -140,6 +141,19 @@ def test_other_configurations_and_vocabularies_are_no_siblings(work: Path) -> No
     found = problems()
     assert any("red: config.json: num_key_value_heads is 4, but 2 in the base" in p for p in found)
     assert any("blue: the tokenizer gives other ids" in p and "to 2 tokens" in p for p in found)
+
+
+def test_older_spellings_of_the_same_configuration_are_siblings(work: Path) -> None:
+    config = json.loads((work / "red" / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config.pop("head_dim", None)
+    (work / "red" / "config.json").write_text(
+        json.dumps(config | {"rope_theta": rope["rope_theta"], "use_cache": False})
+    )
+    assert problems() == []
+    config["rope_theta"] = 5e5
+    (work / "red" / "config.json").write_text(json.dumps(config))
+    assert any("rope_parameters" in p for p in problems())
 
 
 def test_a_config_of_another_model_is_found_without_loading(work: Path) -> None:
