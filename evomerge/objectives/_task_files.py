@@ -33,23 +33,34 @@ def load_local_task(path: Path, *, allow_code: bool) -> dict[str, Any]:
             raise ConfigError.of(problems, str(path))
     try:
         config: dict[str, Any] = load_yaml(path, resolve_func=allow_code)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a task file: {error}") from None
     if not isinstance(config.get("task"), str):
         raise ConfigError(f"{path}: no `task:` name")
-    return _with_local_data(config, path.parent)
+    try:
+        return _with_local_data(config, path.parent)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path}: `dataset_kwargs:` must be a mapping whose `data_files:` are file names") from None
 
 
 def installed_task_file(name: str) -> Path | None:
     """The file of an installed lm-eval task that is named like its file, found without an index."""
     import lm_eval.tasks
 
-    root = Path(lm_eval.tasks.__file__).parent
-    for path in sorted(root.rglob(f"{name}.yaml")):
+    for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob(f"{name}.yaml")):
+        if not is_installed(path):
+            continue
         head = path.read_text(encoding="utf-8", errors="replace")
         if f"task: {name}\n" in head + "\n":
             return path
     return None
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file is in lm-eval's own folder, with ".." and links followed: only those are trusted."""
+    import lm_eval.tasks
+
+    return path.resolve().is_relative_to(Path(lm_eval.tasks.__file__).parent.resolve())
 
 
 def _with_local_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from jinja2 import nodes
 from evomerge.errors import Problem
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 40
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # lm-eval's own choice of parser
 HINT = "pass --allow-task-code if you wrote the file or have read it"
 DATA_TAGS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp", "merge")
 DATA_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
@@ -44,12 +46,20 @@ METHODS = {"capitalize", "endswith", "index", "join", "lower", "lstrip", "replac
 NOT_COLUMNS = {"cycler", "joiner", "namespace", "lipsum", "self", "caller", "super", "dict", "loop"}
 
 
-def code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[Problem]:
-    """Everything in a task file, and in the files that it includes, that is not plain data."""
+def code_in(path: Path, seen: set[Path] | None = None) -> list[Problem]:
+    """Everything in a task file, and in the files that it includes, that is not plain data.
+
+    `seen` holds the files that were read already.
+    """
+    seen = set() if seen is None else seen
+    seen.add(path.resolve())
     try:
         if path.stat().st_size > MAX_BYTES:
             return [Problem(f"larger than {MAX_BYTES} bytes", where=str(path))]
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        if malformed := _form_problem(text, path):
+            return [malformed]
+        node = yaml.compose(text, Loader=Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         return [Problem(f"not readable as YAML: {error}", where=str(path))]
     if not isinstance(node, yaml.MappingNode):
@@ -64,13 +74,34 @@ def code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[Problem]:
             note(f"the tag {at.tag} can name code to run", at)
         elif isinstance(at, yaml.ScalarNode) and (problem := template_problem(str(at.value))):
             note(f"a Jinja template {problem}", at)
+    return found + _key_problems(node, path, seen)
+
+
+def _form_problem(text: str, path: Path) -> Problem | None:
+    """Aliases and deep nesting, from the events: composed, a few lines of them fill the memory or the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=Loader):
+        where = f"{path}:{event.start_mark.line + 1}" if event.start_mark else str(path)
+        if isinstance(event, yaml.AliasEvent):
+            return Problem(f"the alias *{event.anchor} is not allowed", where, "repeat what it stands for")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            return Problem(f"nested more than {MAX_DEPTH} levels deep", where)
+    return None
+
+
+def _key_problems(node: yaml.MappingNode, path: Path, seen: set[Path]) -> list[Problem]:
+    found: list[Problem] = []
     for key, value in node.value:
-        if key.value not in KEYS:
-            note(f"the key `{key.value}` is not plain data", key)
+        where = f"{path}:{key.start_mark.line + 1}"
+        if str(key.value) not in KEYS:
+            found.append(Problem(f"the key `{key.value!s:.80}` is not plain data", where, HINT))
         elif key.value == "dataset_path":
             name = str(value.value)
             if name not in DATA_BUILDERS and not (HUB_NAME.match(name) and not Path(name).exists()):
-                note(f"`dataset_path: {name}` is not one of {', '.join(DATA_BUILDERS)} or a hub name", value)
+                allowed = ", ".join(DATA_BUILDERS)
+                found.append(Problem(f"`dataset_path: {name}` is not one of {allowed} or a hub name", where, HINT))
         elif key.value == "dataset_kwargs":
             found += _unknown_keys(value, KWARGS_KEYS, path)
         elif key.value == "metric_list":
@@ -78,11 +109,10 @@ def code_in(path: Path, seen: frozenset[Path] = frozenset()) -> list[Problem]:
                 found += _unknown_keys(entry, METRIC_KEYS, path)
                 found += _unknown_metrics(entry, path)
         elif key.value == "include":
-            files = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for file in files:
+            for file in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 inner = (path.parent / str(file.value)).resolve()
                 if inner not in seen:
-                    found += code_in(inner, seen | {path.resolve(), inner})
+                    found += code_in(inner, seen)
     return found
 
 
@@ -91,10 +121,12 @@ def template_problem(text: str) -> str | None:
     if "{{" not in text and "{%" not in text:
         return None
     try:
-        tree = jinja2.Environment().parse(text)
+        every = list(jinja2.Environment().parse(text).find_all(nodes.Node))
     except jinja2.TemplateError as error:
         return f"does not parse: {error}"
-    for node in tree.find_all(nodes.Node):
+    except RecursionError:
+        return "is nested too deeply"
+    for node in every:
         if not isinstance(node, NODES):
             return f"uses {type(node).__name__.lower()}"
         if isinstance(node, nodes.Name) and (node.name in NOT_COLUMNS or node.name.startswith("_")):
@@ -143,7 +175,7 @@ def _unknown_keys(node: yaml.Node, known: set[str], path: Path) -> list[Problem]
     return [
         Problem(f"the key `{key.value}` is not plain data", f"{path}:{key.start_mark.line + 1}", HINT)
         for key, _ in node.value
-        if key.value not in known
+        if str(key.value) not in known
     ]
 
 
@@ -159,5 +191,5 @@ def _unknown_metrics(node: yaml.Node, path: Path) -> list[Problem]:
             f"the {key.value} {value.value} is not one of lm-eval's own", f"{path}:{value.start_mark.line + 1}", HINT
         )
         for key, value in node.value
-        if key.value in known and str(value.value) not in known[key.value]
+        if str(key.value) in known and str(value.value) not in known[key.value]
     ]

@@ -6,34 +6,35 @@ only the model's answers, lm-eval's filters and its per-item metric run. The agg
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import logging
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from evomerge import registry
-from evomerge.errors import CandidateFailure, ConfigError, Problem
-from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, mean_scores, resolve_path
-from evomerge.objectives._task_files import installed_task_file, load_local_task
+from evomerge.errors import ConfigError, Problem
+from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
+from evomerge.objectives._aggregate import aggregated
+from evomerge.objectives._canonical import canonical
+from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
+from evomerge.objectives._options import LmEvalOptions, read_options
+from evomerge.objectives._task_files import installed_task_file, is_installed, load_local_task
 
 if TYPE_CHECKING:
     from evomerge.model import LiveModel
 
-OPTIONS = {
-    "task", "file", "metric", "splits", "limit", "num_fewshot", "batch_size",
-    "apply_chat_template", "fewshot_as_multiturn",
-}  # fmt: skip
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 UNIT_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1")
+HELD_OUT = ("validation", "test")
 DERIVED_SHARES = {"search": 0.6, "validation": 0.2, "test": 0.2}
 FEWSHOT_SEED = 1234  # lm-eval's own default
-BOOTSTRAP_RESAMPLES = 200
+REHEARSED_ITEMS = 50
 
 
 @dataclass
@@ -52,7 +53,8 @@ class LmEvalObjective:
     `metric` ("acc" or lm-eval's "acc,none"); `splits` (search, validation and test -> a split of the
     data set; if absent, splits of those names are used, and failing that the task's documents are
     divided 60/20/20 by the hash of their content); `limit` (items per split); `num_fewshot`;
-    `batch_size` (default 64); `apply_chat_template`; `fewshot_as_multiturn`.
+    `batch_size` (default 64); `apply_chat_template`; `fewshot_as_multiturn`. Few-shot examples of derived
+    splits are drawn from the search split; those of named splits must not be in validation or test.
 
     Raises:
         ConfigError: an unknown or ill-typed option.
@@ -61,12 +63,8 @@ class LmEvalObjective:
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec = spec
         self.name = spec.name
-        self.options = dict(spec.options)
-        problems = _check_options(self.options)
-        if problems:
-            raise ConfigError.of(problems, f"objective {spec.name}")
-        metric, _, self._filter = str(self.options.get("metric", "acc")).partition(",")
-        self.metric = metric
+        self.options = read_options(LmEvalOptions, spec.options, f"objective {spec.name}")
+        self.metric, _, self._filter = self.options.metric.partition(",")
         self._config: dict[str, Any] | None = None
         self._prepared: dict[str, _Split] = {}
         self._datasets: Any = None
@@ -89,39 +87,51 @@ class LmEvalObjective:
 
     def fingerprint(self) -> str:
         """Hash of the options, the task's configuration and the documents of every split."""
-        config = {k: str(v) for k, v in self._configuration().items() if not callable(v)}
+        config = dict(self._configuration())
         config.pop("dataset_kwargs", None)  # holds absolute paths; the documents themselves follow
-        options = {k: v for k, v in self.options.items() if k not in ("file", "batch_size")}
-        whole = hashlib.sha256(json.dumps([options, config], sort_keys=True).encode())
+        if getattr(config.get("custom_dataset"), "__module__", "").startswith("evomerge."):
+            del config["custom_dataset"]
+        options = self.options.model_dump(exclude={"file", "batch_size"}, exclude_none=True)
+        whole = hashlib.sha256(canonical([options, config]).encode())
         for split in self.splits:
             task = self._task(split)
-            for i in self._ids(split, task):
-                whole.update(_content_hash(task.eval_docs[i]).encode())
+            docs = task.eval_docs
+            for digest in [*(content_hash(docs[i]) for i in self._ids(split, task)), *example_hashes(task)]:
+                whole.update(digest.encode())
         return whole.hexdigest()
 
     def check(self) -> list[Problem]:
-        """Task, metric, output type and splits, without a model."""
+        """Task, output type, splits, few-shot examples and metric, without a model."""
         where = f"objective {self.name}"
         try:
             task = self._task("search")
-            known = list(task.aggregation())
         except ConfigError as error:
             return list(error.problems)
-        problems = []
-        if self.metric not in known:
-            problems.append(
-                Problem(
-                    f"task {task.config.task} has no metric {self.metric!r}",
-                    where=where,
-                    hint=f"it has {', '.join(known)}",
-                )
-            )
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
-            problems.append(Problem(f"output type {task.OUTPUT_TYPE} is not scored here", where))
-        filters = [f.name for f in getattr(task, "_filters", [])]
-        if self._filter and filters and self._filter not in filters:
-            problems.append(Problem(f"no filter {self._filter!r}", where, hint=f"it has {', '.join(filters)}"))
-        return problems + self._check_splits(where)
+            return [Problem(f"output type {task.OUTPUT_TYPE} is not scored here", where)]
+        problems = self._check_splits(where)
+        try:
+            self._rehearse(task)
+        except ConfigError as error:
+            problems += [Problem(p.message, p.where or where, p.hint) for p in error.problems]
+        except Exception as error:  # task code, lm-eval and its metrics raise whatever they meet
+            problems.append(Problem(f"dummy answers cannot be aggregated to {self.metric}: {error!r:.300}", where))
+        return problems
+
+    def _rehearse(self, task: Any) -> None:
+        """Build, answer and aggregate a few items, so that what cannot be scored is found before the search."""
+        ids = self._ids("search", task)[:REHEARSED_ITEMS]
+        if not ids:
+            return
+        ready = self._prepare(task, ids)
+        for instance in ready.instances:
+            answer = -1.0 - (instance.idx + instance.doc_id) % 3
+            kinds = {"loglikelihood": (answer, False), "loglikelihood_rolling": answer}
+            instance.resps = [kinds.get(instance.request_type, "answer")] * instance.repeats
+        items = self._items(ready)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ready.task.aggregation()[self.metric](items)
 
     def score(self, live: LiveModel, split: str) -> Scores:
         """Score the live model on a split; items keep the order of the data set."""
@@ -129,64 +139,73 @@ class LmEvalObjective:
         for instance in ready.instances:
             instance.resps, instance.filtered_resps = [], {}
         live.forget_logits()
-        _answer(_harness(live, int(self.options.get("batch_size", 64))), ready.instances)
+        _answer(_harness(live, self.options.batch_size), ready.instances)
         live.require_finite_logits()
-        ready.task._instances = ready.instances
-        ready.task.apply_filters()
         items = self._items(ready)
-        array = np.asarray(items, dtype=np.float64)
-        if not np.isfinite(array).all():
-            raise CandidateFailure(f"{self.name}: an item's {self.metric} is not finite", reason="scores")
-        aggregate = ready.task.aggregation()[self.metric]
-        if array.ndim == 1 and getattr(aggregate, "__name__", "") == "mean":
-            return mean_scores(array)
-        return _bootstrapped(aggregate, items, array)
+        return aggregated(f"{self.name}: {self.metric}", ready.task.aggregation()[self.metric], items)
 
     def _items(self, ready: _Split) -> list[Any]:
+        """The metric's raw value for each document, from the answers in the instances."""
+        ready.task._instances = ready.instances
+        ready.task.apply_filters()
         by_doc: dict[int, list[Any]] = defaultdict(list)
         for instance in ready.instances:
             by_doc[instance.doc_id].append(instance)
-        chosen = self._filter or next(iter(ready.instances[0].filtered_resps))
+        filters = list(ready.instances[0].filtered_resps)
+        chosen = self._filter or filters[0]
+        if chosen not in filters:
+            raise ConfigError(f"objective {self.name}: no filter {chosen!r}", hint=f"it has {', '.join(filters)}")
         items = []
         for doc_id, doc in ready.docs:
             answers = sorted(by_doc[doc_id], key=lambda i: i.idx)
             metrics = ready.task.process_results(doc, [a.filtered_resps[chosen] for a in answers])
+            if self.metric not in metrics or self.metric not in ready.task.aggregation():
+                known = sorted(metrics.keys() & ready.task.aggregation().keys())
+                raise ConfigError(
+                    f"objective {self.name}: task {ready.task.config.task} has no metric {self.metric!r}",
+                    hint=f"it has {', '.join(known)}",
+                )
             items.append(metrics[self.metric])
         return items
 
     def _ready(self, split: str, live: LiveModel) -> _Split:
         if split not in self._prepared:
             task = self._task(split)
-            ids = self._ids(split, task)
-            chat = bool(self.options.get("apply_chat_template", False))
-            tokenizer = live.tokenizer
+            self._prepared[split] = self._prepare(task, self._ids(split, task), live)
+        return self._prepared[split]
+
+    def _prepare(self, task: Any, ids: list[int], live: LiveModel | None = None) -> _Split:
+        """Let lm-eval build the prompts; without a model, there is no chat template around them."""
+        chat = self.options.apply_chat_template and live is not None
+        try:
             task.build_all_requests(
                 samples=ids,
                 rank=0,
                 world_size=1,
                 apply_chat_template=chat,
-                fewshot_as_multiturn=bool(self.options.get("fewshot_as_multiturn", False)),
-                chat_template=_chat_template(tokenizer) if chat else None,
-                tokenizer_name=live.path if chat else "",
+                fewshot_as_multiturn=self.options.fewshot_as_multiturn and chat,
+                chat_template=_chat_template(live.tokenizer) if chat and live else None,
+                tokenizer_name=live.path if chat and live else "",
             )
-            docs = list(task.doc_iterator(rank=0, world_size=1, samples=ids))
-            self._prepared[split] = _Split(task, docs, list(task.instances))
-        return self._prepared[split]
+        except Exception as error:  # templates, samplers and task code raise whatever they meet
+            raise ConfigError(f"objective {self.name}: lm-eval cannot build the prompts: {error!r:.300}") from error
+        docs = list(task.doc_iterator(rank=0, world_size=1, samples=ids))
+        return _Split(task, docs, list(task.instances))
 
     def _ids(self, split: str, task: Any) -> list[int]:
         """Positions of the split's items among the task's documents, ascending."""
-        ids = list(range(len(task.eval_docs)))
-        if self._named_splits() is None:
-            low, high = _share(split)
-            ids = [i for i in ids if low <= _unit_hash(task.eval_docs[i]) < high]
-        limit = self.options.get("limit")
-        limit = limit.get(split) if isinstance(limit, dict) else limit
-        return ids[: int(limit)] if limit else ids
+        return self._all_ids(split, task.eval_docs)[: self.options.limit_of(split)]
+
+    def _all_ids(self, split: str, docs: Any) -> list[int]:
+        if self._named_splits() is not None:
+            return list(range(len(docs)))
+        low, high = _share(split)
+        return [i for i, doc in enumerate(docs) if low <= _unit_hash(doc) < high]
 
     def _named_splits(self) -> dict[str, str] | None:
         """Our split -> the data set's split, or None when splits are derived by hash."""
-        if "splits" in self.options:
-            return dict(self.options["splits"])
+        if self.options.splits is not None:
+            return {str(s): name for s, name in self.options.splits.items()}
         available = list(self._dataset_splits())
         return {s: s for s in SPLITS} if set(SPLITS) <= set(available) else None
 
@@ -201,7 +220,11 @@ class LmEvalObjective:
             return self._prepared[split].task
         named = self._named_splits()
         if named is None:
-            return self._build({})
+            task = self._build({})
+            docs = task.eval_docs
+            held_out = {content_hash(docs[i]) for s in HELD_OUT for i in self._all_ids(s, docs)}
+            keep_examples_apart(task, held_out)
+            return task
         if split not in named:
             raise ConfigError(
                 f"objective {self.name} has no {split} split",
@@ -212,18 +235,21 @@ class LmEvalObjective:
             raise ConfigError(
                 f"objective {self.name}: the data set has no split {named[split]!r}", hint=f"it has {known}"
             )
-        return self._build({"test_split": named[split]})
+        task = self._build({"test_split": named[split]})
+        keep_examples_apart(task, set())
+        return task
 
     def _build(self, overrides: dict[str, Any]) -> Any:
         _quiet()
         from lm_eval.tasks import TaskManager
 
         config = self._configuration()
-        if "num_fewshot" in self.options:
-            overrides = {**overrides, "num_fewshot": int(self.options["num_fewshot"])}
+        if self.options.num_fewshot is not None:
+            overrides = {**overrides, "num_fewshot": self.options.num_fewshot}
         where = f"objective {self.name}"
         try:
-            loaded = TaskManager(include_defaults=False).load([{**config, **overrides}])
+            # A copy: lm-eval fills in defaults, which would show in the fingerprint.
+            loaded = TaskManager(include_defaults=False).load([copy.deepcopy({**config, **overrides})])
         except ConfigError:
             raise
         except Exception as error:
@@ -238,60 +264,42 @@ class LmEvalObjective:
 
     def _configuration(self) -> dict[str, Any]:
         if self._config is None:
-            if "file" in self.options:
-                path = resolve_path(self.spec, self.options["file"])
+            if self.options.file is not None:
+                path = resolve_path(self.spec, self.options.file)
                 if not path.is_file():
                     raise ConfigError(f"objective {self.name}: no task file {path}")
                 self._config = load_local_task(path, allow_code=self.spec.allow_code)
             else:
-                self._config = _installed_config(self.name, self.options["task"])
+                self._config = _installed_config(self.name, str(self.options.task))
         return self._config
 
     def _check_splits(self, where: str) -> list[Problem]:
         seen: dict[str, str] = {}
+        held_out: dict[str, str] = {}
+        tasks: list[Any] = []
         problems: list[Problem] = []
         for split in self._named_splits() or SPLITS:
             try:
                 task = self._task(split)
-                ids = self._ids(split, task)
             except ConfigError as error:
                 problems += error.problems
                 continue
+            tasks.append(task)
+            docs = task.eval_docs
+            ids = self._all_ids(split, docs)
             if not ids:
                 problems.append(Problem(f"the {split} split is empty", where))
-            shared = {_content_hash(task.eval_docs[i]) for i in ids}
-            for digest in shared:
+            hashes = [content_hash(docs[i]) for i in ids]
+            if split in HELD_OUT:
+                held_out |= dict.fromkeys(hashes, split)
+            for digest in hashes[: self.options.limit_of(split)]:
                 other = seen.setdefault(digest, split)
                 if other != split:
-                    problems.append(
-                        Problem(f"the {other} and {split} splits share items", where,
-                                hint="scores on shared items are not honest")
-                    )  # fmt: skip
+                    hint = "scores on shared items are not honest"
+                    problems.append(Problem(f"the {other} and {split} splits share items", where, hint))
                     break
-        return problems
-
-
-def _check_options(options: dict[str, Any]) -> list[Problem]:
-    problems = [
-        Problem(f"unknown key {key!r}", hint=f"known: {', '.join(sorted(OPTIONS))}")
-        for key in options
-        if key not in OPTIONS
-    ]
-    if ("task" in options) == ("file" in options):
-        problems.append(Problem("give `task:` (an installed task) or `file:` (a task YAML)"))
-    for split in options.get("splits") or {}:
-        if split not in SPLITS:
-            problems.append(Problem(f"unknown split {split!r}", hint=f"known: {', '.join(SPLITS)}"))
-    if "splits" in options and "search" not in (options["splits"] or {}):
-        problems.append(Problem("`splits:` names no search split"))
-    limits = options.get("limit")
-    for value in limits.values() if isinstance(limits, dict) else [limits]:
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            problems.append(Problem(f"`limit:` must be a positive number of items, not {value!r}"))
-    batch = options.get("batch_size", 1)
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        problems.append(Problem(f"`batch_size:` must be a positive number, not {batch!r}"))
-    return problems
+        found = [p for task in tasks for p in fewshot_problems(task, held_out, where)]
+        return problems + list(dict.fromkeys(found))
 
 
 def _installed_config(name: str, task: str) -> dict[str, Any]:
@@ -308,7 +316,11 @@ def _installed_config(name: str, task: str) -> dict[str, Any]:
                 f"objective {name}: lm-eval has no task {task!r}",
                 hint="`lm-eval ls tasks` lists them; a task file of your own goes under `file:`",
             )
-        path = entry.yaml_path
+        path = Path(entry.yaml_path)
+    if not is_installed(path):
+        raise ConfigError(
+            f"objective {name}: {path} is not one of lm-eval's own task files", hint="put it under `file:`"
+        )
     config: dict[str, Any] = load_yaml(path, resolve_func=True)
     if not isinstance(config.get("task"), str):
         raise ConfigError(f"objective {name}: {task} is a group; name one of its tasks")
@@ -337,19 +349,6 @@ def _answer(harness: Any, instances: list[Any]) -> None:
             request.resps.append(answer)
 
 
-def _bootstrapped(aggregate: Any, items: list[Any], array: np.ndarray) -> Scores:
-    """A corpus metric: its standard error by resampling items with a fixed seed."""
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(BOOTSTRAP_RESAMPLES):
-        chosen = rng.integers(0, len(items), len(items))
-        values.append(float(aggregate([items[i] for i in chosen])))
-    value = float(aggregate(items))
-    if not np.isfinite(value):
-        raise CandidateFailure("the aggregate is not finite", reason="scores")
-    return Scores(value, float(np.std(values, ddof=1)), array)
-
-
 def _chat_template(tokenizer: Any) -> Any:
     def apply(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text: str = tokenizer.apply_chat_template(
@@ -363,13 +362,8 @@ def _chat_template(tokenizer: Any) -> Any:
     return apply
 
 
-def _content_hash(doc: dict[str, Any]) -> str:
-    text = json.dumps(doc, sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _unit_hash(doc: dict[str, Any]) -> float:
-    return int(_content_hash(doc)[:15], 16) / 16**15
+    return int(content_hash(doc)[:15], 16) / 16**15
 
 
 def _share(split: str) -> tuple[float, float]:

@@ -17,18 +17,17 @@ import torch
 from evomerge import registry
 from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
+from evomerge.objectives._options import PerplexityOptions, read_options
 
 if TYPE_CHECKING:
     from evomerge.model import LiveModel
-
-OPTIONS = {"files", "limit", "max_tokens", "batch_size"}
 
 
 class PerplexityObjective:
     """Bits per byte over documents.
 
     Options: `files` (search, validation and test -> a text file; documents are separated by blank lines),
-    `limit` (documents per split), `max_tokens` (window; default the model's context, at most 1024),
+    `limit` (documents per split), `max_tokens` (window; at least 2; default the model's context, at most 1024),
     `batch_size` (windows per forward pass, default 16). A document longer than the window is cut into
     windows that do not overlap; the first token of each is context only unless the tokenizer has a
     beginning-of-sequence token, so every model is charged for the same bytes.
@@ -43,23 +42,8 @@ class PerplexityObjective:
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec = spec
         self.name = spec.name
-        options = dict(spec.options)
-        problems = [
-            Problem(f"unknown key {key!r}", hint=f"known: {', '.join(sorted(OPTIONS))}")
-            for key in options
-            if key not in OPTIONS
-        ]
-        files = options.get("files")
-        if not isinstance(files, dict) or "search" not in files or set(files) - set(SPLITS):
-            problems.append(Problem("`files:` must map search (and validation, test) to text files"))
-        for key in ("limit", "max_tokens", "batch_size"):
-            value = options.get(key, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(Problem(f"`{key}:` must be a positive number, not {value!r}"))
-        if problems:
-            raise ConfigError.of(problems, f"objective {spec.name}")
-        self.files = {s: resolve_path(spec, f) for s, f in options["files"].items()}
-        self.options = options
+        self.options = read_options(PerplexityOptions, spec.options, f"objective {spec.name}")
+        self.files: dict[str, Path] = {s: resolve_path(spec, f) for s, f in self.options.files.items()}
         self._windows: dict[str, list[tuple[int, list[int]]]] = {}
 
     def check(self) -> list[Problem]:
@@ -89,7 +73,7 @@ class PerplexityObjective:
 
     def fingerprint(self) -> str:
         """Hash of the options and the files' contents."""
-        whole = hashlib.sha256(repr(sorted((k, v) for k, v in self.options.items() if k != "files")).encode())
+        whole = hashlib.sha256(self.options.model_dump_json(exclude={"files", "batch_size"}).encode())
         for split in self.splits:
             whole.update(self.files[split].read_bytes())
         return whole.hexdigest()
@@ -117,12 +101,12 @@ class PerplexityObjective:
     def _documents(self, split: str) -> list[str]:
         text = Path(self.files[split]).read_text(encoding="utf-8")
         documents = [d.strip() for d in text.split("\n\n") if d.strip()]
-        return documents[: self.options["limit"]] if "limit" in self.options else documents
+        return documents[: self.options.limit]
 
     def _cut(self, documents: list[str], live: LiveModel) -> list[tuple[int, list[int]]]:
         """(document, token ids) windows, longest first so that a batch pads little."""
         context = int(getattr(live.model.config, "max_position_embeddings", 1024))
-        limit = int(self.options.get("max_tokens", min(context, 1024)))
+        limit = self.options.max_tokens or min(context, 1024)
         bos = live.tokenizer.bos_token_id
         head = [bos] if bos is not None else []
         windows = []
@@ -136,7 +120,7 @@ class PerplexityObjective:
     @torch.no_grad()
     def _bits(self, live: LiveModel, windows: list[tuple[int, list[int]]], n: int) -> np.ndarray:
         bits = np.zeros(n)
-        size = int(self.options.get("batch_size", 16))
+        size = self.options.batch_size
         for start in range(0, len(windows), size):
             batch = windows[start : start + size]
             width = len(batch[0][1])
