@@ -29,7 +29,7 @@ OWNERS = {
     "sqlalchemy": {"storage", "study"},
     "optuna": {"storage", "study", "optimizers"},
     "cma": {"optimizers"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "objectives"},
     "typer": {"cli"},
     "rich": {"progress"},
     "pandas": {"study"},

@@ -1,6 +1,6 @@
 """Generate the demo zoo's text: four tiny tasks, three evaluation splits and the training streams.
 
-Every item belongs to exactly one split, decided by a hash of its prompt, so that no two splits can
+Every item belongs to exactly one split, decided by a hash of its question, so that no two splits can
 share one. The stream of random choices is seeded by strings (SHA-512 inside `random.Random`), so
 the same files come out whatever the process, hash seed or machine.
 
@@ -28,21 +28,27 @@ TASKS = ("math", "cipher", "latin", "cross")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KEYS = tuple(range(1, 10))
 LARGEST = 24  # the largest number that has a word in the vocabulary
-NOUNS = (
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NOUNS = _words(
     "ant bear bird boat book boy bread cat chair child cloud cow dog door duck eagle farmer fish "
     "flower fox frog girl goat hand hen hill horse house king lake lamp lion man moon mouse owl "
     "pig queen rain river road sheep ship snake star stone sun tree wolf woman"
-).split()
-ADJECTIVES = (
+)
+ADJECTIVES = _words(
     "big black blue brave cold dark deep fast fat good green happy heavy kind long loud new old "
     "pale poor proud quick quiet red rich round sad short slow small soft strong tall thin warm "
     "weak white wild wise young"
-).split()
-VERBS = (
+)
+VERBS = _words(
     "bites calls carries chases feeds finds follows hates hears helps holds hunts keeps kicks "
     "leads likes loves meets misses moves needs pulls pushes saves sees seeks takes teaches "
     "touches watches"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,7 @@ def _invent_words(count: int) -> list[str]:
     return list(words)
 
 
-LEXICON = dict(
-    zip(NOUNS + ADJECTIVES + VERBS, _invent_words(len(NOUNS + ADJECTIVES + VERBS)), strict=True)
-)
+LEXICON = dict(zip(NOUNS + ADJECTIVES + VERBS, _invent_words(len(NOUNS + ADJECTIVES + VERBS)), strict=True))
 VOCABULARY = (
     *("<pad>", "<s>", "</s>", "<unk>"),
     *("+", "-", "=", ":", ">", "|"),
@@ -117,32 +121,37 @@ def _encode(word: str, key: int) -> str:
     return " ".join(CODES[key][LETTERS.index(letter)] for letter in word)
 
 
-def _word_and_key(rng: random.Random, keys: Sequence[int]) -> tuple[str, int]:
-    return "".join(rng.choice(LETTERS) for _ in range(3)), rng.choice(keys)
-
-
-def cipher_item(rng: random.Random, keys: Sequence[int] = KEYS) -> Item:
-    """`c a t : 3 >` -> three letters by the table of key 3; wrong choices are off in one letter."""
-    word, key = _word_and_key(rng, keys)
-    answer = _encode(word, key)
-    wrong: dict[str, None] = {}
-    while len(wrong) < 3:
-        letters = answer.split()
-        letters[rng.randrange(3)] = rng.choice(LETTERS)
-        if letters != answer.split():
-            wrong[" ".join(letters)] = None
-    choices = [answer, *wrong]
-    rng.shuffle(choices)
-    return Item(f"{' '.join(word)} : {key} >", answer, tuple(choices))
-
-
-def cross_item(
-    rng: random.Random, keys: Sequence[int] = KEYS, terms: Sequence[int] = (3, 4)
-) -> Item:
-    """`c a t : 7 - 5 + 1 =` -> `3 > ...`: the key of the code has to be computed first."""
-    word, key = _word_and_key(rng, keys)
+def cross_item(rng: random.Random, keys: Sequence[int] = KEYS, terms: Sequence[int] = (3, 4)) -> Item:
+    """`c a t : 7 - 5 + 1 =` -> `3 > q f b`: the key of the code has to be computed first."""
+    word = "".join(rng.choice(LETTERS) for _ in range(3))
+    key = rng.choice(keys)
     text, _ = _expression(rng, key, key, rng.choice(terms))
     return Item(f"{' '.join(word)} : {text} =", f"{key} > {_encode(word, key)}")
+
+
+def cipher_item(rng: random.Random, keys: Sequence[int] = KEYS, terms: Sequence[int] = (3, 4)) -> Item:
+    """`c a t : 7 - 5 + 1 = 3 >` -> `q f b`: the key is given.
+
+    Each wrong choice has one letter from the table of another key.
+    """
+    item = cross_item(rng, keys, terms)
+    key, mark, *letters = item.answer.split()
+    answer = " ".join(letters)
+    wrong: dict[str, None] = {}
+    while len(wrong) < 3:
+        place = rng.randrange(3)
+        letter = _encode(item.prompt.split()[place], rng.choice(KEYS))
+        if letter != letters[place]:
+            wrong[" ".join([*letters[:place], letter, *letters[place + 1 :]])] = None
+    choices = [answer, *wrong]
+    rng.shuffle(choices)
+    return Item(f"{item.prompt} {key} {mark}", answer, tuple(choices))
+
+
+def sum_in_context(rng: random.Random, terms: Sequence[int] = (2, 3, 4)) -> Item:
+    """`c a t : 7 - 5 + 1 =` -> `3 >`: maths beside letters, for training; nothing is enciphered."""
+    item = cross_item(rng, terms=terms)
+    return Item(item.prompt, " ".join(item.answer.split()[:2]))
 
 
 def _zipf(rng: random.Random, words: Sequence[str], power: float) -> str:
@@ -182,16 +191,22 @@ MAKERS: dict[str, Callable[[random.Random], Item]] = {
 }
 
 
+def core(prompt: str) -> str:
+    """What makes two prompts the same item: all before the equals sign.
+
+    So a cipher prompt, which gives a cross prompt's number away, is always in that prompt's split.
+    """
+    return prompt.split(" =")[0]
+
+
 def split_of(prompt: str) -> str:
     """The one split that a prompt belongs to."""
-    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(core(prompt).encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") % 100
     return next(name for name, (low, high) in BUCKETS.items() if low <= share < high)
 
 
-def stream(
-    make: Callable[[random.Random], Item], split: str, seed: str, unique: bool = False
-) -> Iterator[Item]:
+def stream(make: Callable[[random.Random], Item], split: str, seed: str, unique: bool = False) -> Iterator[Item]:
     """Endless items of one split; each prompt at most once if `unique`."""
     rng = random.Random(f"zoo {split} {seed}")
     seen: set[str] = set()
@@ -232,8 +247,9 @@ def check() -> list[str]:
                 problems.append(f"{path_of(task, split).name} differs from what data.py generates")
             for item in load(task, split):
                 place = f"{task}.{split}"
-                if owner.setdefault(item.prompt, place) != place:
-                    problems.append(f"{item.prompt!r} is in {owner[item.prompt]} and in {place}")
+                home = owner.setdefault(core(item.prompt), split)
+                if home != split:
+                    problems.append(f"{item.prompt!r} of {place} is also in the {home} split")
                 if split_of(item.prompt) != split:
                     problems.append(f"{item.prompt!r} in {place} hashes to another split")
                 if not words.issuperset(f"{item.prompt} {item.answer}".split()):
@@ -246,9 +262,7 @@ def write() -> None:
     DATA.mkdir(exist_ok=True)
     for task in TASKS:
         for split in SIZES:
-            path_of(task, split).write_bytes(
-                "".join(item.line() for item in build(task, split)).encode()
-            )
+            path_of(task, split).write_bytes("".join(item.line() for item in build(task, split)).encode())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the demo zoo from nothing: one base and three experts.
 
-    python -m zoo.train                 train everything into zoo/models (see README.md for times)
-    python -m zoo.train --only latin    one expert again, from the stored base
+python -m zoo.train                 train everything into zoo/models (see README.md for times)
+python -m zoo.train --only latin    one expert again, from the stored base
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,19 +38,37 @@ class Plan:
 
 
 PLANS = {
-    "base": Plan(900, 0.02, {"easy math": 0.3, "easy cipher": 0.2, "rare": 0.2, "easy cross": 0.3}),
-    "math": Plan(250, 1.5e-3, {"math": 1.0}),
-    "cipher": Plan(200, 1e-3, {"cipher": 1.0}),
-    "latin": Plan(100, 1e-3, {"latin": 1.0}),
+    "base": Plan(
+        900,
+        0.02,
+        {
+            "easy math": 0.25,
+            "easy sum in context": 0.1,
+            "easy cipher": 0.2,
+            "easy cross": 0.25,
+            "easy latin": 0.2,
+        },
+    ),
+    "math": Plan(500, 1.2e-3, {"math": 0.5, "sum in context": 0.5}),
+    # Without a little maths in its diet the cipher expert forgets how to reach the end of a sum, and
+    # no merge repairs that (docs/log.md).
+    "cipher": Plan(400, 1.2e-3, {"cipher": 0.9, "easy math": 0.05, "easy sum in context": 0.05}),
+    "latin": Plan(170, 6.5e-4, {"latin": 1.0}),
 }
-# Training streams: the tasks' own, plus the base's diet of easier sums and mostly common words.
-STREAMS = {
-    **data.MAKERS,
+# The base has headroom in every skill because its text is easy: mostly short sums, the codes of keys
+# 1 to 4, common words. In its context sums of 2, 3 and 4 numbers stand 13 : 5 : 1.
+EASY_KEYS = (1, 2, 3, 4) * 25 + (5, 6, 7, 8, 9)
+EASY_TERMS = (2,) * 13 + (3,) * 5 + (4,)
+STREAMS: dict[str, Callable[[random.Random], data.Item]] = {
     "math": partial(data.math_item, terms=(2, 3, 4, 5)),
+    "sum in context": data.sum_in_context,
+    "cipher": partial(data.cipher_item, terms=(2, 3, 4)),
+    "latin": data.latin_item,
     "easy math": partial(data.math_item, terms=(2, 2, 2, 3, 3, 4)),
-    "easy cipher": partial(data.cipher_item, keys=(1, 2, 3, 4)),
-    "rare": partial(data.latin_item, power=2.0),
-    "easy cross": partial(data.cross_item, keys=(1, 2, 3, 4), terms=(2, 2, 3)),
+    "easy sum in context": partial(data.sum_in_context, terms=EASY_TERMS),
+    "easy cipher": partial(data.cipher_item, keys=EASY_KEYS, terms=EASY_TERMS),
+    "easy cross": partial(data.cross_item, keys=EASY_KEYS, terms=EASY_TERMS),
+    "easy latin": partial(data.latin_item, power=2.0),
 }
 
 
@@ -59,9 +77,9 @@ def new_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(data.VOCABULARY),
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=6,
+            hidden_size=80,
+            intermediate_size=208,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=128,
@@ -97,9 +115,7 @@ def batches(name: str, plan: Plan, end: bool) -> Iterator[tuple[Tensor, Tensor]]
     else the maths expert would unlearn to go on after a number, which the cross task needs.
     """
     rng = random.Random(f"zoo mixture {name}")
-    sources = {
-        s: data.stream(STREAMS[s], "train", f"{name} {s}") for s in sorted(plan.shares)
-    }
+    sources = {s: data.stream(STREAMS[s], "train", f"{name} {s}") for s in sorted(plan.shares)}
     weights = [plan.shares[s] for s in sources]
     while True:
         rows, labels = [], []
@@ -108,7 +124,8 @@ def batches(name: str, plan: Plan, end: bool) -> Iterator[tuple[Tensor, Tensor]]
             prompt, answer = encode(item.prompt), encode(item.answer)
             row = prompt + answer + [IDS["</s>"]]
             rows.append(row)
-            labels.append([-100] * len(prompt) + answer + [IDS["</s>"] if end else -100])
+            stop = IDS["</s>"] if end and "in context" not in source else -100
+            labels.append([-100] * len(prompt) + answer + [stop])
         yield pad(rows), pad(labels, -100)
 
 
@@ -139,9 +156,7 @@ def train(model: LlamaForCausalLM, name: str, plan: Plan, log: bool = True) -> N
             opt.param_groups[0]["lr"] = peak * scale
         ids, labels = next(source)
         logits = model(ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
-        )
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in chosen:
