@@ -113,7 +113,7 @@ class LmEvalObjective:
         try:
             self._rehearse(task)
         except ConfigError as error:
-            problems += [Problem(p.message, p.where or where, p.hint) for p in error.problems]
+            problems += error.problems
         except Exception as error:  # task code, lm-eval and its metrics raise whatever they meet
             problems.append(Problem(f"dummy answers cannot be aggregated to {self.metric}: {error!r:.300}", where))
         return problems
@@ -154,19 +154,20 @@ class LmEvalObjective:
         filters = list(ready.instances[0].filtered_resps)
         chosen = self._filter or filters[0]
         if chosen not in filters:
-            raise ConfigError(f"objective {self.name}: no filter {chosen!r}", hint=f"it has {', '.join(filters)}")
+            raise self._error(f"no filter {chosen!r}", f"it has {', '.join(filters)}")
         items = []
         for doc_id, doc in ready.docs:
             answers = sorted(by_doc[doc_id], key=lambda i: i.idx)
             metrics = ready.task.process_results(doc, [a.filtered_resps[chosen] for a in answers])
             if self.metric not in metrics or self.metric not in ready.task.aggregation():
                 known = sorted(metrics.keys() & ready.task.aggregation().keys())
-                raise ConfigError(
-                    f"objective {self.name}: task {ready.task.config.task} has no metric {self.metric!r}",
-                    hint=f"it has {', '.join(known)}",
-                )
+                message = f"task {ready.task.config.task} has no metric {self.metric!r}"
+                raise self._error(message, f"it has {', '.join(known)}")
             items.append(metrics[self.metric])
         return items
+
+    def _error(self, message: str, hint: str = "") -> ConfigError:
+        return ConfigError.of([Problem(message, f"objective {self.name}", hint)])
 
     def _ready(self, split: str, live: LiveModel) -> _Split:
         if split not in self._prepared:
@@ -188,7 +189,7 @@ class LmEvalObjective:
                 tokenizer_name=live.path if chat and live else "",
             )
         except Exception as error:  # templates, samplers and task code raise whatever they meet
-            raise ConfigError(f"objective {self.name}: lm-eval cannot build the prompts: {error!r:.300}") from error
+            raise self._error(f"lm-eval cannot build the prompts: {error!r:.300}") from error
         docs = list(task.doc_iterator(rank=0, world_size=1, samples=ids))
         return _Split(task, docs, list(task.instances))
 
