@@ -7,14 +7,17 @@ synchronous=FULL: a commit is on the disk when it returns.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
 import socket
+import threading
 import time
+import uuid
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,11 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
 
-from evomerge.errors import StorageError
+from evomerge.errors import StorageError, StudyConflict
 
 SCHEMA_VERSION = 12  # of Optuna's tables: the one that study.py's statements are tested with
+LEASE = "evomerge:lease"
+BEAT_S = 20.0
 LEASE_S = 120.0  # a lease on another host that has not been renewed for so long is dead
 
 
@@ -176,6 +181,95 @@ def alive(lease: Mapping[str, Any]) -> bool:
     if lease["pid"] == os.getpid():
         return False
     return lease["started"] is not None and process_start(lease["pid"]) == lease["started"]
+
+
+class Lease:
+    """The right to write a study: one process has it at a time, and a thread of it says that it lives.
+
+    Every write checks the token inside its own transaction, so a process that was stopped for too long
+    and has lost the study cannot write any more.
+
+    Args:
+        session: opens a transaction on the study's database.
+    """
+
+    def __init__(self, session: Callable[[], AbstractContextManager[Any]], study_id: int, name: str) -> None:
+        self._session = session
+        self._study_id = study_id
+        self._name = name
+        self._held: str | None = None  # the text in the database while we hold it
+        self._token: str | None = None
+        self._done = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take it.
+
+        Raises:
+            StudyConflict: another living process holds it.
+        """
+        seen = self._read()
+        token = uuid.uuid4().hex
+        mine = new_lease(token)
+        if (seen and alive(json.loads(seen))) or not self.swap(seen, mine):
+            raise StudyConflict(self._holder(self._read()), hint="wait for it, or stop it")
+        self._held, self._token = mine, token
+        self._done.clear()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
+
+    def release(self) -> None:
+        """Give it back, if this process still holds it."""
+        if self._held is not None and self._heart is not None:
+            self._done.set()
+            self._heart.join()
+            self.swap(self._held, "")
+            self._held = self._token = self._heart = None
+
+    def require(self, session: Any) -> None:
+        """Inside a write: raise StudyConflict if another process has taken over."""
+        if self._token is not None:
+            held = self._row_text(session)
+            if not held or json.loads(held)["token"] != self._token:
+                raise StudyConflict(self._holder(held), hint="this process has lost the study to it")
+
+    def swap(self, seen: str, wanted: str) -> bool:
+        """Replace the lease in one statement if it is still what was seen: of two takers, one wins."""
+        table = tables.StudySystemAttributeModel
+        with self._session() as session:
+            changed = session.execute(
+                sqlalchemy.update(table)
+                .where(table.study_id == self._study_id, table.key == LEASE, table.value_json == json.dumps(seen))
+                .values(value_json=json.dumps(wanted))
+            )
+            return bool(changed.rowcount == 1)
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT_S):
+            # A failure here is no news: the next write fails too, with its own message.
+            with contextlib.suppress(StorageError):
+                renewed = new_lease(str(self._token))
+                if self._held is not None and self.swap(self._held, renewed):
+                    self._held = renewed
+
+    def _read(self) -> str:
+        with self._session() as session:
+            return self._row_text(session)
+
+    def _row_text(self, session: Any) -> str:
+        table = tables.StudySystemAttributeModel
+        row = session.query(table).filter_by(study_id=self._study_id, key=LEASE).one()
+        return str(json.loads(row.value_json))
+
+    def _holder(self, held: str) -> str:
+        if not held:
+            return f"the study {self._name!r} was released by another process"
+        lease = json.loads(held)
+        age = time.time() - lease["beat"]
+        return (
+            f"the study {self._name!r} is being searched by process {lease['pid']} on {lease['host']} "
+            f"(seen {age:.0f} s ago)"
+        )
 
 
 def new_lease(token: str) -> str:

@@ -7,12 +7,8 @@ scores go into system attributes, packed into pieces below 60 KB, which every da
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,11 +27,11 @@ from evomerge.errors import StorageError, StudyConflict
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
 from evomerge.storage import (
-    alive,
+    LEASE,
+    Lease,
     connect,
     is_empty,
     mask,
-    new_lease,
     pack,
     storage_errors,
     unpack,
@@ -48,8 +44,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 PIECE_CHARS = 59_000
 HEADER = "evomerge:header"
-LEASE = "evomerge:lease"
-BEAT_S = 20.0
 ITEMS = "evomerge:items"
 
 
@@ -106,9 +100,6 @@ class Study:
     def __init__(self, storage: RDBStorage, name: str) -> None:
         self.name = name
         self._storage = storage
-        self._token: str | None = None
-        self._lease: str | None = None
-        self._heart: threading.Thread | None = None
         self._id = storage.get_study_id_from_name(name)
         text = storage.get_study_system_attrs(self._id).get(HEADER)
         if text is None:
@@ -117,6 +108,7 @@ class Study:
                 hint="choose another `name:` or `storage:`",
             )
         self.header = Header(**json.loads(text))
+        self.lease = Lease(self._session, self._id, name)
 
     @classmethod
     def create(cls, url: str, name: str, header: Header) -> Study:
@@ -222,7 +214,7 @@ class Study:
             user_attrs=attrs,
         )
         with self._session() as session:
-            self._require_lease(session)
+            self.lease.require(session)
         with storage_errors(self._storage.url):
             made = self._storage._create_new_trial(self._id, trial)
         return int(made.number)
@@ -296,7 +288,7 @@ class Study:
             )
             if changed.rowcount != 1:
                 return False
-            self._require_lease(session)
+            self.lease.require(session)
             trial = self._row(session, number)
             trial.datetime_complete = datetime.datetime.now()
             for index, value in enumerate(values):
@@ -378,63 +370,17 @@ class Study:
             attrs=attrs,
         )
 
-    # ---------------------------------------------------------------- one controller at a time
-
     def acquire(self) -> None:
-        """Take the lease: this process alone may write. A thread renews it until `release`.
+        """Take the study for this process alone; see `Lease`.
 
         Raises:
             StudyConflict: another living process holds it.
         """
-        with storage_errors(self._storage.url):
-            held = self._storage.get_study_system_attrs(self._id).get(LEASE, "")
-        if held and alive(json.loads(held)):
-            raise StudyConflict(_held_by(self.name, held), hint="wait for it, or stop it")
-        self._token = uuid.uuid4().hex
-        if not self._swap_lease(held, mine := new_lease(self._token)):
-            held = self._storage.get_study_system_attrs(self._id).get(LEASE, "")
-            raise StudyConflict(_held_by(self.name, held), hint="wait for it, or stop it")
-        self._lease = mine
-        self._done = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-        self._heart.start()
+        self.lease.acquire()
 
     def release(self) -> None:
-        """Give the lease back, if this process still holds it."""
-        if self._lease is not None and self._heart is not None:
-            self._done.set()
-            self._heart.join()
-            self._swap_lease(self._lease, "")
-            self._lease = self._token = self._heart = None
-
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT_S):
-            # A failure here is no news: the next write fails too, with its own message.
-            with contextlib.suppress(StorageError):
-                renewed = new_lease(str(self._token))
-                if self._lease is not None and self._swap_lease(self._lease, renewed):
-                    self._lease = renewed
-
-    def _swap_lease(self, seen: str, wanted: str) -> bool:
-        """Replace the lease in one statement if it is still what was seen: of two takers, one wins."""
-        table = tables.StudySystemAttributeModel
-        with self._session() as session:
-            changed = session.execute(
-                sqlalchemy.update(table)
-                .where(table.study_id == self._id, table.key == LEASE, table.value_json == json.dumps(seen))
-                .values(value_json=json.dumps(wanted))
-            )
-            return bool(changed.rowcount == 1)
-
-    def _require_lease(self, session: Any) -> None:
-        """Inside a write: fail if another process has taken over (this one was stopped for too long)."""
-        if self._token is None:
-            return
-        table = tables.StudySystemAttributeModel
-        row = session.query(table).filter_by(study_id=self._id, key=LEASE).one()
-        held = json.loads(row.value_json)
-        if not held or json.loads(held)["token"] != self._token:
-            raise StudyConflict(_held_by(self.name, held), hint="this process has lost the study to it")
+        """Give the study back."""
+        self.lease.release()
 
     @contextmanager
     def _session(self) -> Iterator[Any]:
@@ -482,14 +428,6 @@ def _item_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
             for k, start in enumerate(range(0, max(1, len(text)), PIECE_CHARS)):
                 packed[f"{ITEMS}:{split}:{name}:{k:03d}"] = text[start : start + PIECE_CHARS]
     return packed
-
-
-def _held_by(name: str, lease: str) -> str:
-    if not lease:
-        return f"the study {name!r} was released by another process"
-    held = json.loads(lease)
-    age = time.time() - held["beat"]
-    return f"the study {name!r} is being searched by process {held['pid']} on {held['host']} (seen {age:.0f} s ago)"
 
 
 def _short(value: Any) -> str:

@@ -239,8 +239,10 @@ def test_a_controller_that_was_stopped_too_long_cannot_write(url: str) -> None:
     study.acquire()
     study.propose(RECIPE, None, BOUNDS)
     other = Study.load(url, "x")
-    other._token = "theirs"
-    assert other._swap_lease(str(study._lease), json.dumps({**json.loads(str(study._lease)), "token": "theirs"}))
+    other.lease._token = "theirs"
+    assert other.lease.swap(
+        str(study.lease._held), json.dumps({**json.loads(str(study.lease._held)), "token": "theirs"})
+    )
     with pytest.raises(StudyConflict, match="lost the study"):
         study.finish(0, scores(0.7), 0, {})
     with pytest.raises(StudyConflict, match="lost the study"):
@@ -300,10 +302,10 @@ def test_one_controller_at_a_time_and_a_dead_one_is_no_obstacle(url: str) -> Non
 def test_a_reused_process_number_is_not_the_old_process(url: str) -> None:
     study = Study.create(url, "x", header())
     study.acquire()
-    lease = json.loads(str(study._lease))
+    lease = json.loads(str(study.lease._held))
     assert lease["started"] == process_start(os.getpid())
     parent = {**lease, "pid": os.getppid(), "started": "1"}
-    assert study._swap_lease(str(study._lease), json.dumps(parent))
+    assert study.lease.swap(str(study.lease._held), json.dumps(parent))
     study.acquire()
     study.release()
 

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -197,17 +198,14 @@ def test_a_night_of_kills_with_two_workers(work: Path) -> None:
     for _ in range(30):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
-        deadline = time.monotonic() + rng.uniform(0.5, 25.0)
-        os.set_blocking(process.stderr.fileno(), False)
-        text = ""
-        while time.monotonic() < deadline and process.poll() is None:
-            text += process.stderr.read() or ""
-            time.sleep(0.02)
+        lines: list[str] = []
+        reader = threading.Thread(target=lines.extend, args=(process.stderr,))
+        reader.start()
+        time.sleep(rng.uniform(0.5, 25.0))
         process.kill()
         process.wait()
-        os.set_blocking(process.stderr.fileno(), True)
-        text += process.stderr.read()
-        shown += [int(line.split("#")[1].split()[0].rstrip(":")) for line in text.splitlines() if "/400 | #" in line]
+        reader.join()
+        shown += [int(line.split("#")[1].split()[0].rstrip(":")) for line in lines if "/400 | #" in line]
         if not Study.exists(URL, "tiny"):
             continue
         candidates = Study.load(URL, "tiny").candidates()
