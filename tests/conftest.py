@@ -15,6 +15,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine two threads wait for each other
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("EVOMERGE_STORAGE", None)
 os.environ.pop("OPTUNA_STORAGE", None)
