@@ -52,7 +52,8 @@ A merge of language models, found by [evomerge](https://github.com/evomerge/evom
 Means with 95 % intervals over items (normal approximation, value ± 1.96 standard errors).
 {_table(study, scores)}
 The *search* split drove the optimizer: its scores are optimistic. The *validation* split chose among the
-candidates of the front. The *test* split influenced nothing, and was scored once for this candidate.
+candidates of the front, by the mean over objectives, each scaled to its range over the front. The *test* split
+influenced nothing, and was scored once for this candidate.
 
 ## Recipe
 
@@ -60,7 +61,8 @@ candidates of the front. The *test* split influenced nothing, and was scored onc
 {recipe.to_yaml().strip()}
 ```
 
-`evomerge merge recipe.yaml OUT` writes the same bytes again. {mergekit}
+`evomerge merge recipe.yaml OUT` writes the same bytes again, run in a folder where the parents lie at the paths
+that the recipe names (or with those paths changed). {mergekit}
 
 ## Parents
 

@@ -173,7 +173,11 @@ def export(
     inline: Inline = False,
     allow_task_code: TaskCode = False,
 ) -> None:
-    """Write a candidate for others: checkpoint, recipe in both forms, model card with scores per split."""
+    """Write a candidate for others: checkpoint, recipe in both forms, model card with scores per split.
+
+    Without --candidate it is the winner: the front's best on the validation split, by the mean over objectives
+    after each is scaled to its range over the front.
+    """
     from evomerge.commands import export_candidate
 
     record = open_record(study, storage, study_name)
@@ -193,7 +197,7 @@ def ls(
     emit(catalogue(kind), fmt)
 
 
-@app.command(epilog=_examples("evomerge cp task_arithmetic my_space.yaml", "evomerge cp demo study.yaml"))
+@app.command(epilog=_examples("evomerge cp task_arithmetic my_space.yaml", "evomerge cp zoo_math my_objective.yaml"))
 def cp(
     name: Annotated[str, typer.Argument(help="A shipped search space or objective (see `evomerge ls`).")],
     dest: Annotated[str, typer.Argument(help="File to write; must not exist.")],
@@ -221,6 +225,7 @@ def main(args: list[str] | None = None) -> None:
     from evomerge.errors import EvomergeError
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # evomerge reads local files only
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says what matters
     try:
         app(args, standalone_mode=True)
     except EvomergeError as error:

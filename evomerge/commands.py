@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def front_rows(
     candidates = study.candidates()
     chosen = [c for c in candidates if c.values] if everything else front_of(study, candidates)
     config = study_config(study, allow_task_code=allow_task_code)
-    scores = score_split(study, config, chosen, split, inline=inline)
+    scores = score_split(study, config, chosen, split, inline=inline, on_score=_counter(split))
     rows = []
     for c in chosen:
         row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
@@ -259,6 +259,20 @@ def find_study(where: str, storage: str | None, name: str | None) -> Study:
 def say(text: str) -> None:
     """A message for people."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _counter(split: str) -> Callable[[int, int], None]:
+    """Says how far scoring is: on one line of a terminal, at every tenth model elsewhere."""
+
+    def count(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\r{split}: {done} of {total} scored", end="\n" if done == total else "", file=sys.stderr, flush=True
+            )
+        elif done % 10 == 0 or done == total:
+            say(f"{split}: {done} of {total} scored")
+
+    return count
 
 
 def _resume_command(path: str, overrides: tuple[str, ...], *, inline: bool, allow_task_code: bool) -> str:

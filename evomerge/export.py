@@ -79,6 +79,12 @@ def check_recipe_models(recipe: Recipe) -> Checkpoint:
         EnvironmentProblem: a checkpoint is missing or broken.
         ConfigError: they do not fit together.
     """
+    for key, text in recipe.verbatim:
+        if text not in ("null", '"base"'):
+            raise ConfigError(
+                f"the recipe's `{key}: {text}` is not supported",
+                hint="the tokenizer and its chat template are the base's (or the first model's)",
+            )
     opened, broken = open_all({m: m for m in recipe.models})
     if broken:
         raise EnvironmentProblem("\n  - ".join(["the recipe's models cannot be read:", *map(str, broken)]))
@@ -169,6 +175,7 @@ def _new_folder(out: str) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
+            _share(partial)
             _flush(partial)
             if target.exists():
                 target.rmdir()
@@ -187,6 +194,14 @@ def _running(partial: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _share(folder: Path) -> None:
+    """Weight files get the permissions of any new file: safetensors makes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def _flush(folder: Path) -> None:

@@ -5,7 +5,7 @@ The test split never influences a choice here: `winner` looks at validation scor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -64,11 +64,13 @@ def score_split(
     *,
     inline: bool = False,
     failures: dict[int, str] | None = None,
+    on_score: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, dict[str, Scores]]:
     """Scores of candidates on a split, by number; only what is not stored is computed.
 
     Args:
         config: from `study_config`.
+        on_score: told how many of how many models are scored, after each.
         failures: where to put the reasons of candidates that cannot be scored; absent: they raise.
 
     Raises:
@@ -100,6 +102,7 @@ def score_split(
         while waiting:
             for result in pool.wait(timeout_s=1.0):
                 waiting -= 1
+                on_score(len(missing) - waiting, len(missing))
                 if isinstance(result, Failed):
                     message = f"candidate {result.number} has no {split} score ({result.reason}): {result.message}"
                     if failures is None:

@@ -147,3 +147,11 @@ def test_layer_stacks_get_a_configuration_that_fits(tmp_path: Path, monkeypatch:
     full, sliding = "full_attention", "sliding_attention"
     assert written["num_hidden_layers"] == 6
     assert written["layer_types"] == [full, full, sliding, full, sliding, full]
+
+
+def test_a_tokenizer_that_would_be_ignored_is_refused(work: Path) -> None:
+    data = recipe().to_mergekit()[0] | {"tokenizer_source": "union"}
+    with pytest.raises(ConfigError, match="tokenizer_source"):
+        merge(Recipe.from_dict(data), "out")
+    merge(Recipe.from_dict(data | {"tokenizer_source": "base"}), "out")
+    assert Path("out/model.safetensors").stat().st_mode & 0o777 == Path("out/config.json").stat().st_mode & 0o777
