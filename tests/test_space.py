@@ -338,7 +338,7 @@ def test_refused(spec: Any, where: str) -> None:
 
 
 def test_unusable_experts_are_refused() -> None:
-    assert "experts.a.b" in problems(weights(), experts={"a.b": "A"})
+    assert "experts.a b" in problems(weights(), experts={"a b": "A"})
     assert "experts.a" in problems(weights(), experts={"a": "models/base"})
     assert set(problems(weights(), experts={"a": "A", "b": "A"})) == {"experts.a", "experts.b"}
     assert "experts" in problems(weights(), experts={})
