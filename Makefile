@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   := runs/demo
+MERGEKIT_VENV := .venv-mergekit
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow test-postgres test-gpu lint zoo check-large clean
+.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -43,6 +44,10 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## docs/methods.md from the methods' own files
+	$(BIN)/python -m evomerge.catalogue > $(VENV)/methods.md
+	mv $(VENV)/methods.md docs/methods.md
+
 zoo: $(STAMP)  ## train the demo zoo again, from nothing
 	$(BIN)/python -m zoo.data
 	$(BIN)/python -m zoo.train
@@ -50,5 +55,16 @@ zoo: $(STAMP)  ## train the demo zoo again, from nothing
 check-large: $(STAMP)  ## the same commands on a 125M-parameter random Llama (base and 3 experts, sharded bf16)
 	$(BIN)/python benchmarks/check_large.py
 
-clean:  ## remove the virtual environment and all studies
-	rm -rf $(VENV) $(filter-out runs/README.md,$(wildcard runs/*))
+bench-setup: $(MERGEKIT_VENV)/.installed  ## mergekit in an environment of its own, to compare with
+
+$(MERGEKIT_VENV)/.installed: constraints.txt
+	test -x $(MERGEKIT_VENV)/bin/python || $(PYTHON) -m venv $(MERGEKIT_VENV)
+	$(MERGEKIT_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(MERGEKIT_VENV)/bin/python -m pip install --quiet --constraint constraints.txt mergekit==0.1.5
+	touch $(MERGEKIT_VENV)/.installed
+
+bench-merge: $(STAMP) bench-setup  ## seconds per merged candidate, beside a plain copy and mergekit: BENCH="--methods ties"
+	$(BIN)/python benchmarks/merge_speed.py $(BENCH)
+
+clean:  ## remove the virtual environments and all studies
+	rm -rf $(VENV) $(MERGEKIT_VENV) $(filter-out runs/README.md,$(wildcard runs/*))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge import registry
 from evomerge._recipe_plan import coerce, split_base
 from evomerge.errors import ConfigError, Problem, RecipeError
-from evomerge.recipe import Conditional, Parameters, Recipe, Setting, Slice, Source
+from evomerge.recipe import Conditional, Parameters, Recipe, Setting, Slice, Source, is_glob
 
 if TYPE_CHECKING:
     from evomerge.methods import Method, Param
@@ -104,6 +104,9 @@ class _Reader:
         except ConfigError as error:
             self.bad(("merge_method",), error.message, error.hint)
             return None
+        if self.mergekit_form and not found.mergekit:
+            message = f"mergekit has no method {name}, and a recipe without `compat` is mergekit's"
+            self.bad(("merge_method",), message, "add `compat: paper`")
         return found
 
     def _seed(self, seed: Any) -> int:
@@ -210,6 +213,9 @@ class _Reader:
                 known = ", ".join(p.name for p in self.method.parameters)
                 message = f"{self.method.name} has no parameter {name!r}"
                 self.bad(at, message, f"it has {known}")
+            elif param.extension and self.mergekit_form and self.method.mergekit:
+                message = f"mergekit has no parameter {name!r}, and a recipe without `compat` is mergekit's"
+                self.bad(at, message, "add `compat: paper`, or `compat: mergekit` for its rounding")
             elif own and not param.per_expert:
                 self.bad(at, f"{name!r} is shared by all models", "move it to parameters")
             elif value is not None:
@@ -235,6 +241,10 @@ class _Reader:
         pattern = found.get("filter")
         if pattern is not None and not isinstance(pattern, str):
             self.bad((*path, "filter"), f"filter is {_shown(pattern)}", "part of a tensor name")
+            pattern = None
+        if pattern is not None and self.compat == "mergekit" and is_glob(pattern):
+            message = f"filter {_shown(pattern)} matches nothing: mergekit's filters have no wildcards"
+            self.bad((*path, "filter"), message, "part of a tensor name, or compat: paper")
         value = found.get("value")
         if isinstance(value, (list, tuple)) and value:
             return Conditional(self._gradient(param, value, (*path, "value")), pattern)
@@ -266,26 +276,33 @@ class _Reader:
         if not good:
             self.bad(path, f"{param.name} is {_shown(value)}", expected)
             return 0.0
+        least, most = param.limits or (-math.inf, math.inf)
+        if number and self.compat == "paper" and not least <= value <= most:  # mergekit knows no limits
+            self.bad(path, f"{param.name} is {value:g}, outside what it may be", f"{least:g} to {most:g}")
         return coerce(param, value)
 
     def _with_base_settled(self, recipe: Recipe) -> Recipe | None:
         """Takes the base out of the sources where the method knows it, and counts the rest."""
-        if self.method is None or self.problems:
+        if self.method is None:
             return None
+        sound = not self.problems
         slices = []
         for i, piece in enumerate(recipe.slices):
+            if not piece.sources:
+                continue
             whole = piece.sources[0].layers is None
             path: Path = ("models",) if whole else ("slices", i, "sources")
             if self.method.needs_base and (piece.base or recipe.base) is None:
                 self.bad(path, f"{self.method.name} needs a base model", "set base_model")
                 continue
-            piece = self._without_base(recipe, piece, path)
+            if sound:  # or the sources' layers cannot be trusted
+                piece = self._without_base(recipe, piece, path)
             try:
                 self.method.check_count(len(split_base(self.method, recipe, piece)[1]), _dotted(path))
             except ConfigError as error:
                 self.bad(path, error.message, error.hint)
             slices.append(piece)
-        return Recipe(**{**vars(recipe), "slices": tuple(slices)})
+        return Recipe(**{**vars(recipe), "slices": tuple(slices)}) if sound else None
 
     def _without_base(self, recipe: Recipe, piece: Slice, path: Path) -> Slice:
         assert self.method is not None

@@ -138,18 +138,20 @@ class Planner:
                 return coerce(param, value)
         if param.required:
             message = f"parameter {param.name!r} has no value for the tensor {levels[-1][1]!r}"
-            raise RecipeError.of([Problem(message, hint="add a value without a filter")])
+            hint = f"every model needs its {param.name}" if param.per_expert else f"set parameters.{param.name}"
+            raise RecipeError.of([Problem(message, hint=f"{hint}, without a filter or with one for each tensor")])
         return param.default
 
 
 def split_base(method: Method, recipe: Recipe, piece: Slice) -> tuple[Source | None, tuple[Source, ...]]:
     """Returns the slice's base source and its other sources.
 
-    A method without a base takes every source as it stands. Otherwise the base is the first
-    source of that model, or, if it is not listed, the same layers as the first source.
+    A method without a base takes every source as it stands, and so does one whose base is optional
+    in a recipe that names none. Otherwise the base is the first source of that model, or, if it is
+    not listed, the same layers as the first source.
     """
     base = piece.base or recipe.base
-    if not method.needs_base or base is None:
+    if not method.takes_base or base is None:
         return None, piece.sources
     for i, source in enumerate(piece.sources):
         if source.model == base:

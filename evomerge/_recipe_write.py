@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge import registry
 from evomerge._recipe_plan import split_base
-from evomerge.recipe import Conditional, Parameters, Recipe, Setting, Slice, Source
+from evomerge.recipe import Conditional, Parameters, Recipe, Setting, Slice, Source, is_glob
 
 if TYPE_CHECKING:
     from evomerge.methods import Method, Param
@@ -96,8 +96,12 @@ def _translate(holder: dict[str, Any], method: Method, notes: list[str]) -> None
             value = parameters.pop(name)
             if value != param.default and name != "sparsify_1d":  # that one has its own note
                 notes.append(f"{name}: mergekit has no such parameter (here: {value})")
-        elif param.accepts_bool:
+            continue
+        if param.accepts_bool:
             parameters[name] = _translate_choice(param, parameters[name], notes)
+        for item in parameters[name] if isinstance(parameters[name], list) else ():
+            if isinstance(item, dict) and is_glob(item.get("filter") or "*"):
+                notes.append(f"filter {item['filter']!r}: mergekit's filters have no wildcards, it matches nothing")
     if not parameters:
         del holder["parameters"]
 

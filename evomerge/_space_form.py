@@ -3,47 +3,59 @@
     description: text
     method: ties
     layer_groups: 4            # or a list of sizes; 1 (default) searches whole-model values
-    components: {attn: [self_attn], mlp: [mlp], rest: ["*"]}
+    components: [attention, mlp, rest]              # or {q: [q_proj], rest: ["*"]}
     genes:
       weight: search           # the method's own range
       density: {low: 0.2, high: 1.0, start: 0.5, log: false,
                 per_expert: true, per_group: true, per_component: false}
+      lambda: {low: 0.5, high: 1.5, curve: 3}       # or line: true, or choices: [0.5, 1.0]
     fixed: {normalize: true}
     compat: paper
 
 A parameter that the method takes per expert is split over the experts, the layer groups and the components unless its
-gene says otherwise; one that all experts share stays one gene unless its gene says otherwise.
+gene says otherwise; one that all experts share stays one gene unless its gene says otherwise. A curve or line over
+depth takes the place of the layer groups. The whole grammar, with examples: docs/spaces.md.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from evomerge import registry
+from evomerge._space_genes import DECIMALS, Gene, Natural, Searched, Slot
+from evomerge._space_parts import WORD, Component, read_components
 from evomerge.errors import ConfigError, Problem
-from evomerge.space import DECIMALS, EVERYTHING, Gene, SearchSpace, Slot
+from evomerge.space import SearchSpace
 
 if TYPE_CHECKING:
     from evomerge.methods import Method, Param
 
 _TOP = ("description", "method", "layer_groups", "components", "genes", "fixed", "compat")
-_GENE = ("low", "high", "start", "log", "per_expert", "per_group", "per_component")
-_WORD = re.compile(r"[A-Za-z0-9._-]+")
+_RANGE = ("low", "high", "start")
+_SPLITS = ("per_expert", "per_group", "per_component")
+_GENE = (*_RANGE, "log", "choices", "curve", "line", *_SPLITS)
 
 
-def read_space(spec: Mapping[str, Any], base: str, experts: Mapping[str, str], n_layers: int, seed: int) -> SearchSpace:
+def read_space(
+    spec: Mapping[str, Any],
+    base: str,
+    experts: Mapping[str, str],
+    n_layers: int,
+    seed: int,
+    names: Collection[str] = (),
+) -> SearchSpace:
     """Return the checked space.
 
     Raises:
         ConfigError: with every problem found.
     """
     reader = _Reader(tuple(experts.items()), n_layers)
-    space = reader.read(spec, base, seed)
+    space = reader.read(spec, base, seed, names)
     if space is None or reader.problems:
         raise ConfigError.of(reader.problems, "the search space")
     return space
@@ -55,7 +67,8 @@ class _Reader:
         self.n_layers = n_layers
         self.problems: list[Problem] = []
         self.groups: tuple[tuple[int, int], ...] = ()
-        self.components: tuple[tuple[str, tuple[str, ...]], ...] = ()
+        self.components: tuple[Component, ...] = ()
+        self.searched: list[Searched] = []
         self.split: set[str] = set()  # per_group, per_component: asked for by some gene
 
     def bad(self, where: str, message: str, hint: str = "") -> None:
@@ -72,11 +85,11 @@ class _Reader:
                 self.bad(path, f"unknown key {key!r}", _suggestion(str(key), known))
         return {key: data[key] for key in known if data.get(key) is not None}
 
-    def read(self, spec: Any, base: str, seed: int) -> SearchSpace | None:
+    def read(self, spec: Any, base: str, seed: int, names: Collection[str]) -> SearchSpace | None:
         top = self.keys(spec, "", _TOP)
         method = self._method(top.get("method"))
         self.groups = self._groups(top.get("layer_groups", 1))
-        self.components = self._components(top.get("components", {}))
+        self.components = read_components(top.get("components", {}), top.get("compat", "paper"), names, self.bad)
         if top.get("compat", "paper") not in ("paper", "mergekit"):
             self.bad("compat", f"compat is {top['compat']!r}", "paper or mergekit")
         self._check_experts(base, method)
@@ -100,11 +113,12 @@ class _Reader:
             experts=self.experts,
             groups=self.groups,
             components=self.components,
+            searched=tuple(self.searched),
             genes=tuple(gene for gene, _ in genes),
             slots=tuple(slot for _, slot in genes),
             fixed=tuple(fixed.items()),
             per_expert=frozenset(p.name for p in method.parameters if p.per_expert),
-            needs_base=method.needs_base,
+            needs_base=method.takes_base,
             compat=top.get("compat", "paper"),
             seed=seed,
             description=str(top.get("description", "")),
@@ -112,7 +126,8 @@ class _Reader:
         try:
             space.recipe(space.start())  # what only a recipe knows: the types of fixed parameters
         except ConfigError as error:
-            self.problems += [Problem(p.message, "fixed", p.hint or p.where) for p in error.problems]
+            found = [Problem(p.message, "fixed", p.hint or p.where) for p in error.problems]
+            self.problems += list(dict.fromkeys(found))  # one for all the models that say the same
         return space
 
     def _method(self, name: Any) -> Method | None:
@@ -129,9 +144,9 @@ class _Reader:
     def _check_experts(self, base: str, method: Method | None) -> None:
         paths = [path for _, path in self.experts]
         for name, path in self.experts:
-            if not _WORD.fullmatch(name):
+            if not WORD.fullmatch(name):
                 self.bad(f"experts.{name}", "an expert's name is letters, digits, dots, - and _")
-            if (path == base and (method is None or method.needs_base)) or paths.count(path) > 1:
+            if (path == base and (method is None or method.takes_base)) or paths.count(path) > 1:
                 self.bad(f"experts.{name}", f"{path!r} is the base or another expert too")
         if method is not None:
             try:
@@ -154,28 +169,6 @@ class _Reader:
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
-    def _components(self, given: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        if not isinstance(given, Mapping):
-            self.bad("components", f"expected a mapping, found {given!r}", "name: [part of a name]")
-            return ()
-        seen: list[str] = []
-        for name, parts in given.items():
-            where = f"components.{name}"
-            if not _WORD.fullmatch(str(name)):
-                self.bad(where, "a component's name is letters, digits, dots, - and _")
-            if not isinstance(parts, list) or not parts or not all(isinstance(p, str) and p for p in parts):
-                self.bad(where, f"{parts!r} is not a list of parts of tensor names")
-                return ()
-            for part in parts:
-                hidden = next((other for other in seen if other == EVERYTHING or other in part), None)
-                if hidden is not None:
-                    self.bad(where, f"{part!r} never matches: {hidden!r} takes its tensors first")
-                seen.append(part)
-        if given and EVERYTHING not in seen:
-            hint = 'add a last one: rest: ["*"]'
-            self.bad("components", "tensors that match no component would have no value", hint)
-        return tuple((str(name), tuple(parts)) for name, parts in given.items())
-
     def _genes(self, given: Any, method: Method) -> list[tuple[Gene, Slot]]:
         if not isinstance(given, Mapping) or not given:
             self.bad("genes", "a search space needs genes", "weight: search")
@@ -187,12 +180,13 @@ class _Reader:
             settings = {} if entry == "search" else self.keys(entry, where, _GENE)
             if param is None:
                 continue
-            if param.kind != "float":
-                self.bad(where, f"{name} is not a number, it cannot be searched", "put it in fixed")
-                continue
-            limits = self._range(where, settings, param)
-            if limits is not None:
-                genes += self._split(where, settings, param, *limits)
+            before = len(self.problems)
+            how = self._searched(where, settings, param)
+            chosen = "choices" in settings or param.kind in ("bool", "choice")
+            gene = self._chosen(where, settings, param) if chosen else self._range(where, settings, param)
+            line = self._line(where, settings, gene, param) if gene is not None and how.form == "line" else None
+            if gene is not None and len(self.problems) == before:
+                genes += self._split(how, gene, line)
         return genes
 
     def _parameter(self, where: str, name: Any, method: Method) -> Param | None:
@@ -203,88 +197,208 @@ class _Reader:
             self.bad(where, message, _suggestion(str(name), known))
         return param
 
-    def _range(self, where: str, settings: Mapping[str, Any], param: Param) -> tuple[float, float, float, bool] | None:
-        """Return (low, high, start, log) of a gene, or None after complaining."""
-        before = len(self.problems)
-        for key in ("low", "high", "start"):
-            if key in settings and not _finite(settings[key]):
-                self.bad(f"{where}.{key}", f"{settings[key]!r} is not a finite number")
-        for key in _GENE[3:]:
+    def _searched(self, where: str, settings: Mapping[str, Any], param: Param) -> Searched:
+        """Return what the parameter is split over, after complaining about what does not go together."""
+        own = param.per_expert
+        for key in ("log", *_SPLITS):
             if key in settings and not isinstance(settings[key], bool):
                 self.bad(f"{where}.{key}", f"{settings[key]!r} is not true or false")
+        if settings.get("per_expert") is True and not own:
+            self.bad(f"{where}.per_expert", f"{param.name} is shared by all experts")
+        curve, line = settings.get("curve"), settings.get("line", False)
+        bent = curve is not None or line is not False
+        if bent and (param.kind != "float" or "choices" in settings):
+            key = "line" if curve is None else "curve"
+            self.bad(f"{where}.{key}", "only numbers can change smoothly over depth", "per_group: true")
+        if curve is not None and not (type(curve) is int and 2 <= curve <= self.n_layers):
+            hint = f"2 to {self.n_layers}, the number of layers"
+            self.bad(f"{where}.curve", f"{curve!r} is not a number of control points", hint)
+        if curve is not None and line is not False:
+            self.bad(f"{where}.line", "a gene is a curve or a line, not both")
+        elif line is not False and self.n_layers < 2:
+            self.bad(f"{where}.line", "a line needs two layers")
+        if bent and settings.get("per_group") is True:
+            self.bad(f"{where}.per_group", "a curve or line runs over all layers", "leave per_group out")
+        groups = bool(settings.get("per_group", own)) and not bent
+        components = bool(settings.get("per_component", own))
+        self.split |= {key for key, asked in (("groups", groups), ("components", components)) if asked}
+        return Searched(
+            param.name,
+            experts=bool(settings.get("per_expert", own)),
+            groups=groups and len(self.groups) > 1,
+            components=components and bool(self.components),
+            form="value" if not bent else "line" if curve is None else "curve",
+            points=1 if not bent else curve if type(curve) is int else 2,
+        )
+
+    def _chosen(self, where: str, settings: Mapping[str, Any], param: Param) -> Gene | None:
+        """Return a gene without a name for a list of choices, or None after complaining."""
+        before = len(self.problems)
+        for key in ("low", "high", "log"):
+            if key in settings:
+                self.bad(f"{where}.{key}", f"{param.name} has choices here, not a range", "choices: [...]")
+        given = settings.get("choices", _all_choices(param))
+        if not isinstance(given, list) or len(given) < 2:
+            self.bad(f"{where}.choices", f"{given!r} is not a list of at least two choices")
+            return None
+        before = len(self.problems)
+        choices = [self._choice(f"{where}.choices", value, param) for value in given]
+        if len(self.problems) == before and len({(isinstance(value, bool), value) for value in choices}) < len(choices):
+            self.bad(f"{where}.choices", f"{given!r} names a choice twice")
+        start = settings.get("start", param.default if "start" not in settings else None)
+        same = [i for i, value in enumerate(choices) if (value, type(value) is bool) == (start, type(start) is bool)]
+        if "start" in settings and not same:
+            self.bad(f"{where}.start", f"{start!r} is not one of the choices")
+        if len(self.problems) > before:
+            return None
+        usable = [value for value in choices if value is not None]
+        return Gene("", 0.0, len(usable) - 1.0, usable[same[0] if same else 0], choices=tuple(usable))
+
+    def _choice(self, where: str, value: Any, param: Param) -> Natural | None:
+        """Return one choice as the parameter's type, or None after complaining."""
+        if param.kind in ("bool", "choice"):
+            good = value in param.choices if isinstance(value, str) else isinstance(value, bool)
+            if not good or (isinstance(value, bool) and param.kind == "choice" and not param.accepts_bool):
+                truth = ["true", "false"] if param.kind == "bool" or param.accepts_bool else []
+                self.bad(where, f"{value!r} is not a choice", f"of {', '.join([*param.choices, *truth])}")
+                return None
+            chosen: Natural = value
+            return chosen
+        if not self._number(where, value, param):
+            return None
+        return int(value) if param.kind == "int" else float(value)
+
+    def _number(self, where: str, value: Any, param: Param) -> bool:
+        """True if a number is one that the parameter may be; complain otherwise."""
+        least, most = param.limits or (-math.inf, math.inf)
+        if not _finite(value):
+            self.bad(where, f"{value!r} is not a finite number")
+        elif param.kind == "int" and not float(value).is_integer():
+            self.bad(where, f"{value!r} is not a whole number")
+        elif not least <= value <= most:
+            self.bad(where, f"{value!r} is outside what {param.name} may be", f"{least:g} to {most:g}")
+        else:
+            return True
+        return False
+
+    def _range(self, where: str, settings: Mapping[str, Any], param: Param) -> Gene | None:
+        """Return a gene without a name for a range of numbers, or None after complaining."""
+        before = len(self.problems)
+        for key in _RANGE:
+            if key in settings:
+                self._number(f"{where}.{key}", settings[key], param)
         low, high = settings.get("low", param.low), settings.get("high", param.high)
         for key, value in (("low", low), ("high", high)):
             if value is None:
                 self.bad(f"{where}.{key}", f"{param.name} has no range of its own, give one")
-        if len(self.problems) > before:
+        if len(self.problems) > before or low is None or high is None:
             return None
-        log = bool(settings.get("log", param.log))
+        log, whole = settings.get("log", param.log) is True, param.kind == "int"
+        start = settings.get("start", self._default_start(param, low, high))
+        if log and (low < 1 if whole else low <= 0):
+            hint = "1 or more" if whole else "a number above 0"
+            self.bad(f"{where}.low", f"a log scale cannot start from {low!r}", hint)
         if low >= high:
             self.bad(f"{where}.low", f"low {low!r} is not below high {high!r}")
-        least, most = param.limits or (-math.inf, math.inf)
-        for key, value, beyond in (("low", low, low < least), ("high", high, high > most)):
-            if beyond:
-                message = f"{value!r} is outside what {param.name} may be"
-                self.bad(f"{where}.{key}", message, f"{least:g} to {most:g}")
-        if log and low < 10.0**-DECIMALS:
-            message = f"a log scale from {low!r}: values are rounded to {DECIMALS} decimals"
-            self.bad(f"{where}.low", message, f"at least {10.0**-DECIMALS:g}")
-        start = settings.get("start")
-        if start is not None and not low <= start <= high:
+        elif not low <= start <= high:
             self.bad(f"{where}.start", f"{start!r} is outside {low!r} to {high!r}")
         if len(self.problems) > before:
             return None
-        if start is None:
-            start = self._default_start(param, low, high)
-        return float(low), float(high), float(start), log
+        gene = Gene("", float(low), float(high), float(low), log, whole)
+        return replace(gene, start=gene.clipped(float(start)))
 
     def _default_start(self, param: Param, low: float, high: float) -> float:
         """The method's default; for several experts' weights 1/K each: their mean, a known recipe."""
         if param.name == "weight" and param.per_expert:
-            return 1.0 / max(1, len(self.experts))
-        usable = isinstance(param.default, (int, float)) and low <= param.default <= high
-        return float(param.default) if usable else (low + high) / 2
+            start = 1.0 / max(1, len(self.experts))
+        elif isinstance(param.default, (int, float)) and low <= param.default <= high:
+            start = float(param.default)
+        else:
+            start = (low + high) / 2
+        return min(float(high), max(float(low), start))
 
-    def _split(
-        self, where: str, settings: Mapping[str, Any], param: Param, low: float, high: float, start: float, log: bool
-    ) -> list[tuple[Gene, Slot]]:
-        """Return the genes of one parameter: experts x layer groups x components."""
-        own = param.per_expert
-        if settings.get("per_expert") and not own:
-            self.bad(f"{where}.per_expert", f"{param.name} is shared by all experts")
-        experts: Sequence[int | None] = [None]
-        groups: Sequence[int | None] = [None]
-        components: Sequence[int | None] = [None]
-        if settings.get("per_expert", own):
-            experts = range(len(self.experts))
-        if settings.get("per_group", own):
-            self.split.add("groups")
-            groups = range(len(self.groups)) if len(self.groups) > 1 else groups
-        if settings.get("per_component", own):
-            self.split.add("components")
-            components = range(len(self.components)) if self.components else components
-        width = max(2, len(str(self.n_layers - 1)))
-        found = []
+    def _line(self, where: str, settings: Mapping[str, Any], alpha: Gene, param: Param) -> Gene | None:
+        """Return the gene, without a name, of a line's rise beta: by default up to the span of alpha's range."""
+        given = settings["line"]
+        own = {} if given is True else self.keys(given, f"{where}.line", _RANGE)
+        for key, value in own.items():
+            if not _finite(value):
+                self.bad(f"{where}.line.{key}", f"{value!r} is not a finite number")
+                return None
+        low, high = own.get("low", 0.0), own.get("high", round(alpha.high - alpha.low, DECIMALS))
+        start = own.get("start", min(high, max(low, 0.0)))
+        if low >= high:
+            self.bad(f"{where}.line.low", f"low {low!r} is not below high {high!r}")
+            return None
+        if not low <= start <= high:
+            self.bad(f"{where}.line.start", f"{start!r} is outside {low!r} to {high!r}")
+        least, most = param.limits or (-math.inf, math.inf)
+        if alpha.low + low < least or alpha.high + high > most:
+            message = f"the line's end can be {alpha.low + low:g} to {alpha.high + high:g}"
+            hint = f"{param.name} may be {least:g} to {most:g}: narrow the ranges, or use curve: 2"
+            self.bad(f"{where}.line", message, hint)
+        beta = Gene("", float(low), float(high), float(low))
+        return replace(beta, start=beta.clipped(float(start)))
+
+    def _split(self, how: Searched, gene: Gene, line: Gene | None) -> list[tuple[Gene, Slot]]:
+        """Return the genes of one parameter: experts x layer groups x components x points of a curve."""
+        self.searched.append(how)
+        experts: Sequence[int | None] = range(len(self.experts)) if how.experts else [None]
+        groups: Sequence[int | None] = range(len(self.groups)) if how.groups else [None]
+        components: Sequence[int | None] = range(len(self.components)) if how.components else [None]
+        templates = {"value": [("", gene)], "curve": [(f".C{k}", gene) for k in range(how.points)]}
+        if line is not None:
+            templates["line"] = [(".alpha", gene), (".beta", line)]
+        found: dict[Slot, Gene] = {}
         for e, g, c in product(experts, groups, components):
-            name = param.name if e is None else f"{self.experts[e][0]}.{param.name}"
-            if g is not None:
-                first, last = self.groups[g]
-                name += f".L{first:0{width}d}-{last - 1:0{width}d}"
+            outside = c is not None and self.components[c].outside
+            name = how.param if e is None else f"{self.experts[e][0]}.{how.param}"
+            if g is not None and not outside:
+                name += self._layers(g)
             if c is not None:
-                name += f".{self.components[c][0]}"
-            gene = Gene(name, low, high, low, log)
-            found.append((Gene(name, low, high, gene.clipped(start), log), Slot(param.name, e, g, c)))
-        return found
+                name += f".{self.components[c].name}"
+            # What lies outside the layers has one value, whatever the layer groups and the depth.
+            forms = templates["value" if outside else how.form]
+            for point, (ending, template) in enumerate(forms):
+                slot = Slot(how.param, e, None if outside else g, c, point if len(forms) > 1 else None)
+                found[slot] = replace(template, name=name + ending)
+        return [(made, slot) for slot, made in found.items()]
+
+    def _layers(self, group: int) -> str:
+        first, last = self.groups[group]
+        width = max(2, len(str(self.n_layers - 1)))
+        return f".L{first:0{width}d}-{last - 1:0{width}d}"
 
     def _fixed(self, given: Any, method: Method, searched: set[str]) -> dict[str, Any]:
         if not isinstance(given, Mapping):
             self.bad("fixed", f"expected a mapping, found {given!r}")
             return {}
-        for name in given:
-            self._parameter(f"fixed.{name}", name, method)
+        for name, value in given.items():
+            param = self._parameter(f"fixed.{name}", name, method)
             if name in searched:
                 self.bad(f"fixed.{name}", f"{name!r} is searched already, under genes")
+            if isinstance(value, Mapping) and param is not None:
+                self._check_each(f"fixed.{name}", value, param)
         return {str(name): value for name, value in given.items()}
+
+    def _check_each(self, where: str, values: Mapping[Any, Any], param: Param) -> None:
+        """Check that a fixed parameter that names experts has one value for each."""
+        if not param.per_expert:
+            self.bad(where, f"{param.name} is shared by all experts", "one value")
+        names = [name for name, _ in self.experts]
+        for name in [name for name in values if name not in names]:
+            self.bad(f"{where}.{name}", "there is no such expert", f"experts: {', '.join(names)}")
+        if missing := [name for name in names if name not in values]:
+            self.bad(where, f"no value for {', '.join(missing)}")
+
+
+def _all_choices(param: Param) -> list[Natural]:
+    """Every value of a switch or choice. A default of true (the first name) or false ("none") stands for its name:
+    so recipes that leave the parameter out are points of the space."""
+    if param.kind == "bool":
+        return [False, True]
+    name = param.choices[0] if param.default is True else "none"
+    return [param.default if isinstance(param.default, bool) and name == choice else choice for choice in param.choices]
 
 
 def _finite(value: Any) -> bool:

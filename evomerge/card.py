@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge import registry
+from evomerge.methods import Method
 from evomerge.objectives import Scores
 from evomerge.study import Candidate, Study
 
@@ -31,6 +33,8 @@ def model_card(study: Study, candidate: Candidate, scores: Mapping[str, Mapping[
         if not lost
         else f"`mergekit_config.yml` is the nearest recipe in mergekit's form; it cannot express:{note}"
     )
+    method: Method = registry.get("methods", recipe.method)
+    compatible = "- mergekit-compatible\n" if method.mergekit else ""
     return f"""---
 base_model:
 {parents}
@@ -39,8 +43,7 @@ library_name: transformers
 tags:
 - merge
 - evomerge
-- mergekit-compatible
----
+{compatible}---
 
 # {study.name}, candidate {candidate.number}
 

@@ -66,6 +66,8 @@ def check(
     if Study.exists(config.storage, config.name):
         Study.load(config.storage, config.name).require_identity(prepared.header.identity)
     _notes(config.notes)
+    for warning in prepared.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     emit_one(prepared.summary, fmt)
 
 
@@ -152,10 +154,9 @@ def merge(
     shard_gb: Annotated[float, typer.Option(min=0.000001, help="Largest weight file, in GB.")] = 5.0,
 ) -> None:
     """Write a recipe's merged model as a Hugging Face checkpoint."""
-    from evomerge.commands import read_recipe
-    from evomerge.export import merge as write
+    from evomerge.commands import merge as write
 
-    print(write(read_recipe(recipe), out, device=device, shard_bytes=max(1, int(shard_gb * 1e9))))
+    print(write(recipe, out, device=device, shard_bytes=max(1, int(shard_gb * 1e9))))
 
 
 @app.command(
@@ -184,17 +185,25 @@ def export(
     print(export_candidate(record, out, candidate, weights=weights, inline=inline, allow_task_code=allow_task_code))
 
 
-@app.command(epilog=_examples("evomerge ls", "evomerge ls methods -f json"))
+@app.command(epilog=_examples("evomerge ls", "evomerge ls methods", "evomerge ls methods ties", "evomerge ls -f json"))
 def ls(
     kind: Annotated[str | None, typer.Argument(help="methods, optimizers, objectives or spaces; default: all.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
     fmt: Fmt = Format.table,
 ) -> None:
-    """What there is: merge methods, optimizers, kinds and files of objectives, search spaces."""
-    from evomerge.commands import KINDS, catalogue
+    """What there is: merge methods and their parameters, optimizers, kinds and files of objectives, search spaces."""
+    from evomerge.commands import KINDS, catalogue, list_methods, show_method
 
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="KIND")
-    emit(catalogue(kind), fmt)
+    if name is not None and kind != "methods":
+        raise typer.BadParameter(f"{kind} are shown as a list only; a name follows `methods`", param_hint="NAME")
+    if name is not None:
+        show_method(name, fmt)
+    elif kind == "methods":
+        list_methods(fmt)
+    else:
+        emit(catalogue(kind), fmt)
 
 
 @app.command(epilog=_examples("evomerge cp task_arithmetic my_space.yaml", "evomerge cp zoo_math my_objective.yaml"))

@@ -9,24 +9,37 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evomerge import registry
 from evomerge.card import interval, model_card
+from evomerge.catalogue import (
+    details_text,
+    method_details,
+    method_row,
+    modifier_row,
+    parameter_rows,
+    rows_text,
+)
 from evomerge.config import load_study_file, read_text, shipped_file, shipped_names
-from evomerge.errors import ConfigError, StorageError
+from evomerge.errors import ConfigError, Problem, StorageError
 from evomerge.export import check_recipe_models, merged_dtype, require_free
 from evomerge.export import export as write_export
+from evomerge.export import merge as write_merge
+from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
 from evomerge.rescore import front_of, score_split, splits_of, study_config, winner
+from evomerge.residency import show_bytes
 from evomerge.search import Budget, Event, Search
 from evomerge.storage import connect, hide_passwords, mask, sqlite_file
+from evomerge.strict_yaml import Document, load_yaml
 from evomerge.study import Candidate, Study, study_names
-from evomerge.worker import Failed, Job, Worker, WorkerSpec
+from evomerge.worker import Failed, Job, Worker
 
 KINDS = ("methods", "optimizers", "objectives", "spaces")
 
@@ -45,6 +58,8 @@ def run_search(
     for note in config.notes:
         say(f"note: {note}")
     prepared = prepare(config, overrides)
+    for warning in prepared.warnings:
+        _warn(warning)
     study, existed = open_study(prepared, resume)
     study.acquire()
     hours = config.budget.hours
@@ -110,7 +125,18 @@ def status_of(study: Study) -> dict[str, Any]:
     if done:
         times = [c.attrs["t_merge_s"] + c.attrs["t_eval_s"] for c in done if "t_merge_s" in c.attrs]
         status["median seconds per candidate"] = round(sorted(times)[len(times) // 2], 3) if times else None
+        latest = {c.attrs["worker"]: c.attrs["tables"] for c in done if c.attrs.get("tables")}
+        if latest:
+            status["tables"] = _tables(list(latest.values()))
     return status
+
+
+def _tables(reports: list[dict[str, float]]) -> str:
+    """What the workers' tables hold and cost, as of each worker's latest candidate."""
+    fullest = max(reports, key=lambda report: report["bytes"])
+    seconds, dropped = sum(r["seconds"] for r in reports), sum(r["dropped"] for r in reports)
+    held, budget = show_bytes(fullest["bytes"]), show_bytes(fullest["budget_bytes"])
+    return f"{held} of {budget} in the fullest worker; {seconds:.1f} s to make, {dropped:.0f} given up, all workers"
 
 
 def front_rows(
@@ -140,12 +166,12 @@ def evaluate(
     spec = worker_spec(config)
     if Path(recipe).is_dir():
         read = Recipe.build("passthrough", None, {recipe: {}})
-        spec = WorkerSpec(recipe, (recipe,), spec.objectives, spec.device, spec.threads)
+        spec = replace(spec, base=recipe, models=(recipe,))
     else:
-        read = read_recipe(recipe)
-        donor = check_recipe_models(read)
+        read, document = read_recipe(recipe)
+        donor = check_recipe_models(read, document, _warn)
         dtype = str(merged_dtype(read)).removeprefix("torch.")
-        spec = WorkerSpec(donor.path, read.models, spec.objectives, spec.device, spec.threads, dtype)
+        spec = replace(spec, base=donor.path, models=read.models, dtype=dtype)
     worker = Worker(spec)
     for objective in worker.objectives:
         problems = objective.check()
@@ -210,6 +236,32 @@ def catalogue(kind: str | None) -> list[dict[str, str]]:
     return rows
 
 
+def list_methods(fmt: Format) -> None:
+    """Print every method with its parameters; those that all methods with a base share come once, at the end."""
+    rows = [method_row(registry.get("methods", name)) for name in registry.names("methods")] + [modifier_row()]
+    if fmt is Format.table:
+        print(rows_text(rows))
+    elif fmt is Format.csv:  # one line per parameter: cells hold no lists
+        emit(parameter_rows(rows), fmt)
+    else:
+        emit(rows, fmt)
+
+
+def show_method(name: str, fmt: Format) -> None:
+    """Print one method in full, with its docstring.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    row = method_details(name)
+    if fmt is Format.table:
+        print(details_text(row))
+    elif fmt is Format.csv:
+        emit(parameter_rows([row, *([row["modifier"]] if "modifier" in row else [])]), fmt)
+    else:
+        emit_one(row, fmt)
+
+
 def copy_shipped(name: str, dest: str) -> Path:
     """Copy a shipped search space or objective to a new file."""
     for kind in ("search_spaces", "objectives"):
@@ -228,13 +280,20 @@ def copy_shipped(name: str, dest: str) -> Path:
     raise ConfigError(f"no shipped file {name!r}", hint=f"there are {', '.join(known)}")
 
 
-def read_recipe(path: str) -> Recipe:
-    """A recipe file.
+def merge(recipe: str, out: str, *, device: str, shard_bytes: int) -> Path:
+    """Write the merged model of a recipe file."""
+    read, document = read_recipe(recipe)
+    return write_merge(read, out, device=device, shard_bytes=shard_bytes, document=document, warn=_warn)
+
+
+def read_recipe(path: str) -> tuple[Recipe, Document]:
+    """A recipe file, and its data with their lines.
 
     Raises:
         RecipeError: with every problem in it.
     """
-    return Recipe.from_yaml(read_text(path), path)
+    text = read_text(path)
+    return Recipe.from_yaml(text, path), load_yaml(text, path)
 
 
 def find_study(where: str, storage: str | None, name: str | None) -> Study:
@@ -259,6 +318,10 @@ def find_study(where: str, storage: str | None, name: str | None) -> Study:
 def say(text: str) -> None:
     """A message for people."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _warn(problem: Problem) -> None:
+    say(f"warning: {problem}")
 
 
 def _counter(split: str) -> Callable[[int, int], None]:

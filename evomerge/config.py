@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
@@ -19,6 +19,30 @@ from evomerge.strict_yaml import Document, load_yaml
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 DEFAULT_EVALUATIONS = 100
+
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(|k|M|G|T|Ki|Mi|Gi|Ti)B")
+_UNITS = (
+    {"": 1}
+    | {u: 1000 ** (i + 1) for i, u in enumerate("kMGT")}
+    | {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("KMGT")}
+)
+
+
+def read_size(value: Any) -> int:
+    """Bytes of a size such as 40GB, 1.5 GiB or 512MB; 0 needs no unit.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is not None:
+        return int(float(match[1]) * _UNITS[match[2]])
+    if type(value) is int and value == 0:
+        return 0
+    raise ValueError("a size is a number with its unit, as in 40GB, 1.5GiB or 512MB")
+
+
+Size = Annotated[int, BeforeValidator(read_size)]
 
 
 class _Strict(BaseModel):
@@ -35,7 +59,12 @@ class Budget(_Strict):
 class Workers(_Strict):
     """Where candidates are evaluated.
 
-    `local` processes on this machine, or `ray` actors on a Ray cluster (`address`; absent: a local one).
+    `local` processes on this machine (one if neither is given), or `ray` actors on a Ray cluster (`address`; absent:
+    a local one).
+
+    `gpu_memory`, `host_memory` and `tables` are budgets of each worker: device memory for resident weights (the live
+    model comes on top), host memory for copies of weights (page-locked beside a GPU), and memory for what merges
+    compute from the models alone. What fits neither of the first two stays memory-mapped on disk.
     """
 
     local: Annotated[int, Field(gt=0, le=1024)] | None = None
@@ -44,6 +73,9 @@ class Workers(_Strict):
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     timeout_s: Annotated[float, Field(gt=0, strict=False)] = 3600.0
+    gpu_memory: Size | None = None
+    host_memory: Size | None = None
+    tables: Size | None = None
 
 
 class _StudyFile(_Strict):
@@ -73,6 +105,8 @@ class StudyConfig:
         space: the space's specification, and where it came from.
         optimizer: name and options; None leaves the choice to the number of objectives.
         notes: messages about keys that had no equivalent (mergekit-evolve files).
+        document: the study file's data with their lines; `space_document` that of the space, where `space_path`
+            is the space's place in it.
     """
 
     source: str
@@ -91,6 +125,23 @@ class StudyConfig:
     seed: int
     known_recipes: bool = True
     notes: tuple[str, ...] = field(default=())
+    document: Document = field(default_factory=lambda: Document({}), repr=False)
+    space_document: Document = field(default_factory=lambda: Document({}), repr=False)
+    space_path: tuple[str | int, ...] = ()
+
+    def where(self, *path: str | int) -> str:
+        """ "file:line" of an entry of the study file; its key alone if the file does not have it."""
+        found = path in self.document.lines
+        return self.document.where(path) if found else f"{self.source}: {'.'.join(map(str, path))}"
+
+    def where_in_space(self, key: str) -> str:
+        """ "file:line: key" for a key of the space with dots, such as genes.weight.low."""
+        if key.split(".")[0] == "experts":
+            document, path = self.document, follow(self.document.data, key)
+        else:
+            spot = follow(_at(self.space_document.data, self.space_path), key)
+            document, path = self.space_document, (*self.space_path, *spot)
+        return f"{document.where(path)}: {key}" if key else document.where(path)
 
 
 def load_study_file(path: str, overrides: tuple[str, ...] = (), *, allow_task_code: bool = False) -> StudyConfig:
@@ -141,13 +192,16 @@ def parse_study(
     except ValidationError as error:
         problems += _problems(error, document)
     objectives = list(_objectives(data.get("objectives"), document, problems, allow_task_code))
-    space, space_source = _space(data.get("space"), document, problems)
+    space, space_source, space_document, space_path = _space(data.get("space"), document, problems)
     optimizer, options = _optimizer(data.get("optimizer"), document, problems)
     storage = _storage(data, document, problems)
     if problems or parsed is None:
         raise ConfigError.of(problems, source)
     _check_workers(parsed, document)
+    _check_names(parsed, document)
     workers = parsed.workers if isinstance(parsed.workers, Workers) else Workers(local=parsed.workers)
+    if workers.local is None and workers.ray is None:
+        workers = workers.model_copy(update={"local": 1})
     budget = parsed.budget
     if budget.evaluations is None and budget.hours is None:
         budget = Budget(evaluations=DEFAULT_EVALUATIONS)
@@ -168,6 +222,9 @@ def parse_study(
         seed=parsed.seed,
         known_recipes=parsed.known_recipes,
         notes=tuple(notes),
+        document=document,
+        space_document=space_document,
+        space_path=space_path,
     )
 
 
@@ -207,10 +264,14 @@ def _override(data: Mapping[str, Any], overrides: tuple[str, ...]) -> dict[str, 
 def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
     """pydantic's findings in our words, one per place."""
     seen: set[tuple[Any, ...]] = set()
-    for item in error.errors():
-        # Branches of a union add their own names to the location: keep what is a key of the file.
-        location = tuple(p for p in item["loc"] if not (isinstance(p, str) and _BRANCH.match(p)))
-        if location in seen:
+    # Branches of a union add their own names to the location: keep what is a key of the file.
+    items = [
+        (tuple(p for p in item["loc"] if not (isinstance(p, str) and _BRANCH.match(p))), item)
+        for item in error.errors()
+    ]
+    for location, item in items:
+        # The branches that a mapping was not meant for complain too: what lies deeper says more.
+        if location in seen or any(len(o) > len(location) and o[: len(location)] == location for o, _ in items):
             continue
         seen.add(location)
         key = ".".join(str(p) for p in location)
@@ -219,7 +280,8 @@ def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
         elif item["type"] == "missing":
             message, hint = f"the key `{key}` is missing", ""
         else:
-            message, hint = f"`{key}`: {item['msg']}, not {item['input']!r}"[:300], ""
+            text = item["msg"].removeprefix("Value error, ")
+            message, hint = f"`{key}`: {text}, not {item['input']!r}"[:300], ""
         yield Problem(message, where=document.where(location), hint=hint)
 
 
@@ -269,26 +331,50 @@ def _objectives(entries: Any, document: Document, problems: list[Problem], allow
         yield ObjectiveSpec(name, str(kind), options, folder, allow_code, where)
 
 
-def _space(entry: Any, document: Document, problems: list[Problem]) -> tuple[dict[str, Any], str]:
+def _space(
+    entry: Any, document: Document, problems: list[Problem]
+) -> tuple[dict[str, Any], str, Document, tuple[str | int, ...]]:
+    """The space's data, where it came from, and the document and place that hold it."""
     where = document.where(("space",))
     if isinstance(entry, dict):
-        return entry, where
+        return entry, where, document, ("space",)
+    nothing: tuple[dict[str, Any], str, Document, tuple[str | int, ...]] = ({}, where, document, ("space",))
     if not isinstance(entry, str):
-        return {}, where  # pydantic has said so
+        return nothing  # pydantic has said so
     path = Path(entry) if entry.endswith((".yaml", ".yml")) else shipped_file("search_spaces", entry)
     if path is None or not path.is_file():
         names = ", ".join(shipped_names("search_spaces"))
         problems.append(Problem(f"no search space {entry!r}", where, hint=f"there are {names}"))
-        return {}, where
+        return nothing
     try:
-        data = load_yaml(read_text(path), str(path)).data
+        found = load_yaml(read_text(path), str(path))
     except ConfigError as error:
         problems += error.problems
-        return {}, where
-    if not isinstance(data, dict):
+        return nothing
+    if not isinstance(found.data, dict):
         problems.append(Problem("a search space is a mapping", str(path)))
-        return {}, where
-    return data, str(path)
+        return nothing
+    return found.data, str(path), found, ()
+
+
+def follow(data: Any, key: str) -> tuple[str | int, ...]:
+    """The path of a key with dots in nested mappings, as far as it leads; names may hold dots themselves."""
+    path: list[str | int] = []
+    rest = key
+    while isinstance(data, Mapping) and rest:
+        found = [k for k in data if rest == k or rest.startswith(f"{k}.")]
+        if not found:
+            break
+        longest = max(found, key=len)
+        path.append(longest)
+        data, rest = data[longest], rest[len(longest) + 1 :]
+    return tuple(path)
+
+
+def _at(data: Any, path: tuple[str | int, ...]) -> Any:
+    for part in path:
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
 
 
 def _optimizer(entry: Any, document: Document, problems: list[Problem]) -> tuple[str | None, dict[str, Any]]:
@@ -317,5 +403,13 @@ def _storage(data: Mapping[str, Any], document: Document, problems: list[Problem
 
 def _check_workers(parsed: _StudyFile, document: Document) -> None:
     workers = parsed.workers
-    if isinstance(workers, Workers) and (workers.local is None) == (workers.ray is None):
-        raise ConfigError.of([Problem("`workers:` needs `local:` or `ray:`", where=document.where(("workers",)))])
+    if isinstance(workers, Workers) and workers.local is not None and workers.ray is not None:
+        message = "`workers:` has `local:` and `ray:`"
+        raise ConfigError.of([Problem(message, document.where(("workers",)), "give one of them")])
+
+
+def _check_names(parsed: _StudyFile, document: Document) -> None:
+    """Messages call the base "base": only a method that takes it as an input may list it, by that name."""
+    if parsed.experts.get("base", parsed.base) != parsed.base:
+        problem = Problem("an expert cannot be named `base`", document.where(("experts", "base")), "rename it")
+        raise ConfigError.of([problem])

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -21,18 +21,29 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite
-from evomerge.methods import merge_tensor, torch_dtype
+from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite, Problem
+from evomerge.family import check_family, measure, suspicious, unrelated
+from evomerge.feasible import doubtful, drops_at_random, mixes, refused
+from evomerge.methods import Merge, torch_dtype
 from evomerge.model import check_siblings
 from evomerge.recipe import Recipe, layer_index
-from evomerge.strict_yaml import dump_yaml
-from evomerge.weights import TOKENIZER_FILES, Checkpoint, Weights, check_family, open_all
+from evomerge.strict_yaml import Document, dump_yaml
+from evomerge.strict_yaml import Path as Path_
+from evomerge.weights import TOKENIZER_FILES, Checkpoint, Weights, open_all
 
 SHARD_BYTES = 5_000_000_000
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
-def merge(recipe: Recipe, out: str, *, device: str = "cpu", shard_bytes: int = SHARD_BYTES) -> Path:
+def merge(
+    recipe: Recipe,
+    out: str,
+    *,
+    device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    document: Document | None = None,
+    warn: Callable[[Problem], None] = lambda problem: None,
+) -> Path:
     """Write the recipe's merged model as a Hugging Face checkpoint, tensor by tensor.
 
     Memory is bounded by the largest shard and one tensor's working set; inputs are memory-mapped.
@@ -41,14 +52,19 @@ def merge(recipe: Recipe, out: str, *, device: str = "cpu", shard_bytes: int = S
         recipe: its models are folders, relative to the working directory.
         out: folder to make; must not exist, or be empty.
         shard_bytes: largest size of one weight file.
+        document: the file that the recipe was read from, so that problems can name its lines.
+        warn: told what is doubtful about the merge, before it starts.
 
     Raises:
         ConfigError: the checkpoints do not fit together, or `out` is taken.
         WeightsError: a checkpoint is missing or broken.
         NonFinite: a merged tensor holds NaN or infinity.
     """
+    require_device(device)
+    require_free(out)
+    donor = check_recipe_models(recipe, document, warn)
     with _new_folder(out) as folder:
-        write_checkpoint(recipe, folder, device=device, shard_bytes=shard_bytes)
+        _write_merged(recipe, donor, folder, device, shard_bytes)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_mergekit(recipe, folder)
     return Path(out)
@@ -72,12 +88,14 @@ def require_free(out: str) -> None:
         raise ConfigError(f"{out} exists already", hint="name a new folder, or remove that one")
 
 
-def check_recipe_models(recipe: Recipe) -> Checkpoint:
+def check_recipe_models(
+    recipe: Recipe, document: Document | None = None, warn: Callable[[Problem], None] = lambda problem: None
+) -> Checkpoint:
     """Open and compare a recipe's models; returns the donor of configuration and tokenizer.
 
     Raises:
         EnvironmentProblem: a checkpoint is missing or broken.
-        ConfigError: they do not fit together.
+        ConfigError: they do not fit together, or the recipe's weights cannot be merged.
     """
     for key, text in recipe.verbatim:
         if text not in ("null", '"base"'):
@@ -85,27 +103,67 @@ def check_recipe_models(recipe: Recipe) -> Checkpoint:
                 f"the recipe's `{key}: {text}` is not supported",
                 hint="the tokenizer and its chat template are the base's (or the first model's)",
             )
+
+    def where(path: Path_) -> str:
+        return document.where(path) if document is not None else ""
+
+    places = model_places(recipe, document)
     opened, broken = open_all({m: m for m in recipe.models})
     if broken:
-        raise EnvironmentProblem("\n  - ".join(["the recipe's models cannot be read:", *map(str, broken)]))
+        lines = [str(Problem(p.message, places[p.where], p.hint)) for p in broken]
+        raise EnvironmentProblem("\n  - ".join(["the recipe's models cannot be read:", *lines]))
     donor = opened[recipe.models[0]]
     others = {m: c for m, c in opened.items() if m != donor.path}
-    problems = [*check_siblings(donor, others), *check_family(donor, others)]
+    plans = recipe.plan(donor.names, donor.n_layers)
+    changes = {m: measure(donor, c) for m, c in others.items()} if mixes(plans) else {}
+    found = [*check_siblings(donor, others), *check_family(donor, others), *unrelated(changes)]
+    problems = [Problem(p.message, places.get(p.where, p.where), p.hint) for p in found]
+    problems += refused(recipe, plans, where)
     if problems:
-        raise ConfigError.of(problems, "the recipe's models")
+        raise ConfigError.of(problems, document.name if document is not None else "the recipe")
+    for problem in suspicious(changes, drops=drops_at_random(plans)):
+        warn(Problem(problem.message, places[problem.where], problem.hint))
+    for problem in doubtful(recipe, plans, where):
+        warn(problem)
     return donor
+
+
+def model_places(recipe: Recipe, document: Document | None) -> dict[str, str]:
+    """For each model, "file:line: model" of its first mention, or the model alone without a file.
+
+    "base" stands for the first model, as in the problems of a family.
+    """
+    lines: dict[str, int] = {}
+
+    def look(data: Any, path: Path_) -> None:
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            if isinstance(value, (dict, list)):
+                look(value, (*path, key))
+            elif key in ("model", "base_model", "path") and document is not None and isinstance(value, str):
+                lines.setdefault(value, document.line((*path, key)))
+
+    if document is not None and isinstance(document.data, dict):
+        look(document.data, ())
+    name = document.name if document is not None else ""
+    places = {m: f"{name}:{lines[m]}: {m}" if m in lines else m for m in recipe.models}
+    return {"base": places[recipe.models[0]], **places}
 
 
 def write_checkpoint(recipe: Recipe, folder: Path, *, device: str = "cpu", shard_bytes: int = SHARD_BYTES) -> None:
     """Write weights, config.json and tokenizer files of the merged model into an existing folder."""
     require_device(device)
-    donor = check_recipe_models(recipe)
+    _write_merged(recipe, check_recipe_models(recipe), folder, device, shard_bytes)
+
+
+def _write_merged(recipe: Recipe, donor: Checkpoint, folder: Path, device: str, shard_bytes: int) -> None:
     weights = Weights(recipe.models, device)
     plans = recipe.plan(donor.names, donor.n_layers)
 
+    merge = Merge(recipe, plans, weights)
+
     def merged() -> Iterator[tuple[str, Tensor]]:
         for plan in plans:
-            tensor = merge_tensor(plan, weights, recipe)
+            tensor = merge.tensor(plan)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
             weights.forget(plan.inputs + ((plan.base,) if plan.base else ()))

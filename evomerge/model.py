@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateFailure, ConfigError, NonFinite, Problem, WeightsError
-from evomerge.methods import merge_tensor
+from evomerge.methods import Merge, Tables
 from evomerge.recipe import Recipe
 from evomerge.weights import Checkpoint
 
@@ -101,12 +101,15 @@ class LiveModel:
         path: a checkpoint folder; gives the architecture, the tokenizer and the first weights.
         device: "cpu" or a CUDA device.
         dtype: of parameters and arithmetic in the forward pass; None keeps the checkpoint's.
+        tables: the worker's memory of what depends on the models alone; None starts one with the default budget.
 
     Raises:
         WeightsError: the folder does not load completely: no layer is ever left at random.
     """
 
-    def __init__(self, path: str, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, path: str, device: str = "cpu", dtype: torch.dtype | None = None, tables: Tables | None = None
+    ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.path = path
@@ -129,6 +132,7 @@ class LiveModel:
                 raise WeightsError(f"{path}: {kind.replace('_', ' ')}: {sorted(loaded[kind])[:5]}")
         self.model.to(self.device).eval().requires_grad_(False)
         self.adapters: dict[str, Any] = {}  # outside libraries' wrappers of this model, by name
+        self.tables = Tables() if tables is None else tables
         self._live = self._tensors_by_name()
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.model.register_forward_hook(self._watch_logits)
@@ -153,12 +157,10 @@ class LiveModel:
                 "the recipe changes the number of layers: write it with `evomerge merge`",
                 reason="layers",
             )
+        merge = Merge(recipe, plans, get, self.tables)
         for plan in plans:
-            target = self._live[plan.name]
-            merged = merge_tensor(plan, get, recipe, out_dtype=target.dtype)
-            if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
+            if not merge.write(plan, self._live[plan.name]):
                 raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
-            target.copy_(merged)
 
     def forget_logits(self) -> None:
         """Start watching for non-finite logits anew."""

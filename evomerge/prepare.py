@@ -15,16 +15,21 @@ from typing import Any
 
 from evomerge.config import StudyConfig
 from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
+from evomerge.family import Change, check_family, measure, suspicious, unrelated
+from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.model import check_architecture, check_siblings
 from evomerge.objectives import Objective, make_objective
 from evomerge.optimizers import Goal, Optimizer, make
 from evomerge.recipe import Recipe
+from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, settle, show_bytes
 from evomerge.space import SearchSpace, known_recipes
 from evomerge.storage import hide_passwords, mask, sqlite_file
 from evomerge.study import Header, Study
-from evomerge.weights import Checkpoint, check_family, has_chat_template, open_all
+from evomerge.weights import Checkpoint, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
 
+BASE = "base"
+OFTEN = 0.2  # of a space's points: worth a warning if so many can never be merged
 LIBRARIES = ("evomerge", "torch", "transformers", "lm_eval", "optuna", "cma", "ray", "numpy")
 
 
@@ -35,6 +40,7 @@ class Prepared:
     Attributes:
         known: (label, recipe) of the candidates 0..k of the study.
         summary: what `evomerge check` prints.
+        warnings: what is worth knowing and stops nothing.
     """
 
     config: StudyConfig
@@ -44,6 +50,7 @@ class Prepared:
     known: tuple[tuple[str, Recipe], ...]
     worker: WorkerSpec
     summary: dict[str, Any]
+    warnings: tuple[Problem, ...] = ()
 
     def make_optimizer(self, header: Header) -> Optimizer:
         """A fresh optimizer, ready to be told the history of the study with this header."""
@@ -57,24 +64,36 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         ConfigError: with all problems of files, objectives and space at once (exit code 2).
         EnvironmentProblem: weights are missing or broken, or the study's folder cannot be written (3).
     """
-    opened, broken = open_all({"base": config.base, **config.experts})
-    broken += _storage_problems(config)
     problems: list[Problem] = []
     space: SearchSpace | None = None
+    doubts: list[Problem] = []
+    changes: dict[str, Change] = {}
     objectives = _objectives(config, problems)
-    if "base" in opened:
-        base = opened["base"]
-        experts = {n: c for n, c in opened.items() if n != "base"}
-        problems += [*check_architecture(base), *check_siblings(base, experts), *check_family(base, experts)]
+    opened, broken = open_all({BASE: config.base, **config.experts})
+    broken = [_placed(config, p) for p in broken] + _storage_problems(config)
+    if BASE in opened:
+        base = opened[BASE]
+        experts = {n: c for n, c in opened.items() if n != BASE}
+        found = [*check_architecture(base), *check_siblings(base, experts), *check_family(base, experts)]
+        changes = {n: measure(base, c) for n, c in experts.items() if c.path != base.path}
+        problems += [_placed(config, p) for p in (*found, *unrelated(changes))]
         space = _space(config, base, problems)
         if space is not None and not problems:
             problems += _try_optimizer(config, space, objectives)
+            share, said = infeasible_share(space, base.names)
+            if share == 1.0:
+                problems.append(Problem(f"no point of the space can be merged: {said}", config.space_source))
+            elif share >= OFTEN:
+                message = f"{share:.0%} of the space's points cannot be merged, and would be failed candidates: {said}"
+                doubts.append(Problem(message, config.space_source))
     if problems:
         raise ConfigError.of([*broken, *problems], config.source)
     if broken or space is None:
         lines = "".join(f"\n  - {p}" for p in broken)
         raise EnvironmentProblem(f"{len(broken)} problems with files of {config.source}:{lines}")
     worker = worker_spec(config)
+    plans = space.recipe(space.start()).plan(opened[BASE].names, opened[BASE].n_layers)
+    warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes", {})))
     fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
     known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
     return Prepared(
@@ -84,7 +103,8 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         header=_header(config, overrides, opened, objectives, worker),
         known=tuple(known),
         worker=worker,
-        summary=_summary(config, opened, objectives, space, worker.device, len(known)),
+        summary=_summary(config, opened, objectives, space, worker, len(known), changes),
+        warnings=(*doubts, *(_placed(config, p) for p in warnings)),
     )
 
 
@@ -121,6 +141,17 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
     elif device.startswith("cuda") and not torch.cuda.is_available() and workers.ray is None:
         raise EnvironmentProblem("`workers.device` is cuda, but torch finds no CUDA device here")
     count = workers.local or workers.ray or 1
+    # A Ray actor has a GPU of its own; local workers on "cuda" take the machine's GPUs in turn.
+    gpus = torch.cuda.device_count() if device == "cuda" and workers.local else 1
+    memory = Memory(
+        gpu_bytes=workers.gpu_memory,
+        host_bytes=workers.host_memory,
+        tables_bytes=TABLES_BYTES if workers.tables is None else workers.tables,
+        on_device=-(-workers.local // max(1, gpus)) if workers.local else 1,
+        on_host=count,
+    )
+    if workers.local:
+        _require_memory(memory, device)
     return WorkerSpec(
         base=config.base,
         models=(config.base, *config.experts.values()),
@@ -128,7 +159,21 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
         device=device,
         threads=threads or workers.threads or max(1, (os.cpu_count() or 1) // count),
         allowed_s=workers.timeout_s,
+        memory=memory,
     )
+
+
+def _require_memory(memory: Memory, device: str) -> None:
+    """Raise EnvironmentProblem if the budgets that were asked for are more than this machine has."""
+    asked = [("host_memory", memory.host_bytes, memory.on_host, "machine", host_bytes())]
+    if device.startswith("cuda") and memory.gpu_bytes is not None:
+        asked.append(("gpu_memory", memory.gpu_bytes, memory.on_device, "GPU", device_bytes(device, measured=False)[1]))
+    for key, each, count, place, there in asked:
+        if each is not None and each * count > there:
+            raise EnvironmentProblem(
+                f"`workers.{key}`: {count} workers with {show_bytes(each)} each, but the {place} has "
+                f"{show_bytes(there)}"
+            )
 
 
 def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]:
@@ -150,11 +195,18 @@ def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]
 
 def _space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> SearchSpace | None:
     try:
-        return SearchSpace.from_dict(config.space, config.base, config.experts, base.n_layers, config.seed)
+        experts = config.experts
+        return SearchSpace.from_dict(config.space, config.base, experts, base.n_layers, config.seed, base.names)
     except ConfigError as error:
-        where = config.space_source
-        problems += [Problem(p.message, f"{where}: {p.where}" if p.where else where, p.hint) for p in error.problems]
+        problems += [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
         return None
+
+
+def _placed(config: StudyConfig, problem: Problem) -> Problem:
+    """A problem of "base" or of an expert, at the line of the study file that names the checkpoint."""
+    label = problem.where
+    line = config.where(BASE) if label == BASE else config.where("experts", label)
+    return Problem(problem.message, f"{line}: {label}", problem.hint)
 
 
 def _optimizer_name(config: StudyConfig) -> str:
@@ -181,7 +233,7 @@ def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Obj
     try:
         _optimizer(config, space, objectives, workers=1)
     except ConfigError as error:
-        return list(error.problems)
+        return [Problem(p.message, p.where or config.where("optimizer"), p.hint) for p in error.problems]
     return []
 
 
@@ -190,16 +242,16 @@ def _storage_problems(config: StudyConfig) -> list[Problem]:
     try:
         file = sqlite_file(config.storage)
     except StorageError as error:
-        return [Problem(error.message, where="storage")]
+        return [Problem(error.message, where=config.where("storage"))]
     if file is None:
         return []
     folder = file.parent.absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        return [Problem(f"cannot write to {folder}", where="storage", hint="choose another `storage:`")]
+        return [Problem(f"cannot write to {folder}", where=config.where("storage"), hint="choose another `storage:`")]
     if file.is_dir():
-        return [Problem(f"{file} is a folder, not a database file", where="storage")]
+        return [Problem(f"{file} is a folder, not a database file", where=config.where("storage"))]
     return []
 
 
@@ -238,15 +290,19 @@ def _summary(
     opened: dict[str, Checkpoint],
     objectives: list[Objective],
     space: SearchSpace,
-    device: str,
+    worker: WorkerSpec,
     known: int,
+    changes: dict[str, Change],
 ) -> dict[str, Any]:
-    base = opened["base"]
+    base = opened[BASE]
+    live, tables = show_bytes(base.bytes_as(None)), show_bytes(worker.memory.tables_bytes)
     return {
         "study": config.name,
         "base": f"{config.base} ({base.n_layers} layers, {base.n_bytes / 1e6:.1f} MB)",
         "experts": ", ".join(config.experts),
-        "resident": f"{sum(c.n_bytes for c in opened.values()) / 1e6:.1f} MB of weights on {device}",
+        **{f"expert {name}": str(change) for name, change in changes.items()},
+        "resident": _resident(config, opened, worker),
+        "memory": f"each worker: {live} live model on {worker.device}, tables up to {tables}",
         "space": f"{config.space.get('method')}, {space.dim} dimensions",
         "objectives": ", ".join(
             f"{o.name} ({'max' if o.maximize else 'min'}; {', '.join(o.splits)})" for o in objectives
@@ -256,3 +312,12 @@ def _summary(
         "budget": ", ".join(f"{v:g} {k}" for k, v in config.budget.model_dump().items() if v is not None),
         "storage": mask(config.storage),
     }
+
+
+def _resident(config: StudyConfig, opened: dict[str, Checkpoint], worker: WorkerSpec) -> str:
+    """Where each worker's weights are expected to live."""
+    if worker.device == "auto":
+        size = show_bytes(sum(c.n_bytes for c in opened.values()))
+        return f"{size} of weights; each worker's own node settles where"
+    models = {c.path: c for c in opened.values()}
+    return str(settle(worker.memory, worker.device, models, opened[BASE].bytes_as(None), measured=False))

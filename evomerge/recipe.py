@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from evomerge.strict_yaml import dump_yaml, load_yaml
@@ -28,14 +29,32 @@ _EMBEDDINGS = ("embed", "wte", "wpe")
 
 @dataclass(frozen=True)
 class Conditional:
-    """A value for the tensors whose name contains `filter` (None or "*": every tensor)."""
+    """A value for the tensors whose name contains `filter` (None or "*": every tensor).
+
+    In a longer filter, * stands for any characters and ? for one; mergekit knows no such wildcards.
+    """
 
     value: Scalar | Gradient
     filter: str | None = None
 
     def matches(self, name: str) -> bool:
         """True when this value applies to the tensor `name`."""
-        return self.filter in (None, "*") or str(self.filter) in name
+        if self.filter is None or self.filter == "*":
+            return True
+        if is_glob(self.filter):
+            return _glob(self.filter).search(name) is not None
+        return self.filter in name
+
+
+def is_glob(pattern: str) -> bool:
+    """True for a filter with wildcards; "*" alone is every tensor, in mergekit too."""
+    return pattern != "*" and ("*" in pattern or "?" in pattern)
+
+
+@lru_cache(maxsize=1024)
+def _glob(pattern: str) -> re.Pattern[str]:
+    wild = {"*": ".*", "?": "."}
+    return re.compile("".join(wild.get(char) or re.escape(char) for char in pattern))
 
 
 Setting = Scalar | Gradient | tuple[Conditional, ...]
@@ -255,8 +274,9 @@ def _layer_place(name: str) -> int | None:
 
 
 def is_embedding(name: str) -> bool:
-    """True for a tensor outside the layers that comes before them."""
-    return layer_index(name) is None and any(part in name for part in _EMBEDDINGS)
+    """True for a tensor outside the layers that comes before them; GPT-NeoX calls its head embed_out."""
+    inside = layer_index(name) is not None or "embed_out" in name
+    return not inside and any(part in name for part in _EMBEDDINGS)
 
 
 def freeze_parameters(given: Mapping[str, Any] | Parameters) -> Parameters:

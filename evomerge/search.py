@@ -21,7 +21,7 @@ from evomerge.objectives import Scores
 from evomerge.optimizers import Optimizer, Result
 from evomerge.pool import Pool
 from evomerge.recipe import Recipe
-from evomerge.space import SearchSpace
+from evomerge.space import Natural, SearchSpace
 from evomerge.study import Candidate, Study
 from evomerge.worker import Failed, Job, Outcome
 
@@ -142,15 +142,15 @@ class Search:
             pending = [x for _, x in sorted(self._points.items())]
             params = self.space.decode(self.optimizer.ask(number, pending))
             recipe = self.space.recipe(params)
-        bounds = {g.name: (g.low, g.high, g.log) for g in self.space.genes}
-        recorded = self.study.propose(recipe, params, bounds, label)
+        domains = {g.name: g.domain for g in self.space.genes}
+        recorded = self.study.propose(recipe, params, domains, label)
         if recorded != number:
             raise RuntimeError(f"candidate {number} was recorded as {recorded}: two controllers?")
         faults.point("recording")
         self._count += 1
         self._launch(number, label, recipe, params)
 
-    def _launch(self, number: int, label: str | None, recipe: Recipe, params: Mapping[str, float] | None) -> None:
+    def _launch(self, number: int, label: str | None, recipe: Recipe, params: Mapping[str, Natural] | None) -> None:
         """Evaluate a recorded candidate, unless an equal recipe has been or is being evaluated."""
         self._labels[number] = label
         fingerprint = recipe.fingerprint
@@ -179,6 +179,7 @@ class Search:
                 "t_eval_s": round(result.eval_s, 6),
                 "peak_bytes": result.peak_bytes,
                 "worker": result.worker,
+                "tables": {k: round(v, 6) for k, v in result.tables.items()},
             }
             self._close(number, result.scores, attrs)
         else:

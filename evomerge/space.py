@@ -1,85 +1,46 @@
 """SearchSpace: the named dimensions of a search, and the way from a point to a Recipe and back.
 
 A point is a vector in the unit cube (what optimizers see), or a mapping from gene names to natural values (what
-people, recipes and the study see). Natural values are rounded to 4 decimals, so that what a recipe says is
-exactly what was merged. Layer groups become slices; equal neighbours melt into one, so a uniform
+people, recipes and the study see). Natural values are rounded, as a rule to 4 decimals, so that what a recipe
+says is exactly what was merged. Layer groups become slices; equal neighbours melt into one, so a uniform
 point of a layer-wise space is the plain whole-model recipe. Reading the YAML form is `_space_form`'s work.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from evomerge._space_genes import DECIMALS, Gene, Natural, Searched, Slot, bends, cut, from_depth, in_slice, over_depth
+from evomerge._space_parts import EVERYTHING, Component, outside_probe, probe
 from evomerge.errors import ConfigError, Problem
 from evomerge.recipe import Conditional, Recipe, TensorPlan
 
+__all__ = ["Gene", "Natural", "SearchSpace", "Slot", "known_recipes"]
+
 Array = NDArray[np.float64]
-DECIMALS = 4
-EVERYTHING = "*"  # the component entry that takes every tensor
-
-
-@dataclass(frozen=True)
-class Gene:
-    """One dimension: a range of natural values, and where a search starts."""
-
-    name: str
-    low: float
-    high: float
-    start: float
-    log: bool = False
-
-    def natural(self, unit: float) -> float:
-        """Return the natural value at `unit` in [0, 1], rounded, inside the range."""
-        share = min(1.0, max(0.0, unit))
-        value = self.low + share * (self.high - self.low)
-        if self.log:
-            value = math.exp(math.log(self.low) + share * math.log(self.high / self.low))
-        return self.clipped(value)
-
-    def clipped(self, value: float) -> float:
-        """Return `value` rounded to 4 decimals, then moved into the range."""
-        return min(self.high, max(self.low, round(value, DECIMALS) + 0.0))
-
-    def unit(self, value: float) -> float:
-        """Return where `value` lies in the range, in [0, 1]."""
-        if self.log:
-            share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return min(1.0, max(0.0, share))
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What a gene sets: a parameter, and the one expert, layer group and component that it is for (None: all)."""
-
-    param: str
-    expert: int | None = None
-    group: int | None = None
-    component: int | None = None
+Piece = tuple[int, int, list[dict[str, Any]], dict[str, Any]]  # layers, settings of each expert, shared settings
 
 
 @dataclass(frozen=True)
 class SearchSpace:
     """Genes and everything that turns their values into a Recipe. Make one with `from_dict`.
 
-    `groups` are [first, past last) layers. `components` are (name, parts of tensor names); a tensor belongs to the
-    first one that matches. `fixed` holds the parameters that are not searched; `per_expert` names the parameters,
-    searched or fixed, that a recipe gives per expert.
+    `groups` are [first, past last) layers. `searched` says how each parameter is split, `slots` what each gene sets.
+    `fixed` holds the parameters that are not searched; `per_expert` names the parameters, searched or fixed, that a
+    recipe gives per expert.
     """
 
     method: str
     base: str
     experts: tuple[tuple[str, str], ...]
     groups: tuple[tuple[int, int], ...]
-    components: tuple[tuple[str, tuple[str, ...]], ...]
+    components: tuple[Component, ...]
+    searched: tuple[Searched, ...]
     genes: tuple[Gene, ...]
     slots: tuple[Slot, ...]
     fixed: tuple[tuple[str, Any], ...]
@@ -97,17 +58,19 @@ class SearchSpace:
         experts: Mapping[str, str],
         n_layers: int,
         seed: int = 0,
+        names: Collection[str] = (),
     ) -> SearchSpace:
         """Read the YAML form of a space for these models.
 
         `experts` maps short names, which gene names use, to paths, in the order that the recipes list them.
+        `names` are the models' tensors; ready-made components then leave out what the models do not have.
 
         Raises:
             ConfigError: with every problem; each names its key, such as "genes.weight.low".
         """
         from evomerge._space_form import read_space
 
-        return read_space(spec, base, experts, n_layers, seed)
+        return read_space(spec, base, experts, n_layers, seed, names)
 
     @property
     def dim(self) -> int:
@@ -119,11 +82,11 @@ class SearchSpace:
         """The number of layers of every model."""
         return self.groups[-1][1]
 
-    def start(self) -> dict[str, float]:
+    def start(self) -> dict[str, Natural]:
         """Return the natural values where a search starts."""
         return {gene.name: gene.start for gene in self.genes}
 
-    def decode(self, x: ArrayLike) -> dict[str, float]:
+    def decode(self, x: ArrayLike) -> dict[str, Natural]:
         """Return the natural values of a point `(dim,)`; coordinates outside [0, 1] are clipped.
 
         Raises:
@@ -134,16 +97,18 @@ class SearchSpace:
             raise ValueError(f"not a point of a space with {self.dim} genes: {x!r}")
         return {g.name: g.natural(float(u)) for g, u in zip(self.genes, point, strict=True)}
 
-    def encode(self, params: Mapping[str, float]) -> Array:
+    def encode(self, params: Mapping[str, Natural]) -> Array:
         """Return the point `(dim,)` of natural values; decoding it gives the values back, rounded.
 
         Raises:
-            ConfigError: missing or unknown genes, or values that are not numbers inside their range.
+            ConfigError: missing or unknown genes, or values that the gene does not have.
         """
         self._check(params)
         return np.array([gene.unit(params[gene.name]) for gene in self.genes])
 
-    def recipe(self, params: Mapping[str, float]) -> Recipe:
+    # ---------------------------------------------------------------- to a recipe
+
+    def recipe(self, params: Mapping[str, Natural]) -> Recipe:
         """Return the recipe of natural values.
 
         Raises:
@@ -151,71 +116,96 @@ class SearchSpace:
         """
         self._check(params)
         values = {slot: params[g.name] for g, slot in zip(self.genes, self.slots, strict=True)}
-        everywhere = {name: value for name, value in self.fixed if name not in self.per_expert}
-        everywhere |= dict(self._shared(values, None))
-        pieces: list[tuple[int, int, Any, Any]] = []
-        for index, (first, last) in enumerate(self.groups):
-            sources = [self._source(values, index, expert) for expert in range(len(self.experts))]
-            shared = dict(self._shared(values, index))
-            if pieces and pieces[-1][2:] == (sources, shared):
-                pieces[-1] = (pieces[-1][0], last, sources, shared)
-            else:
-                pieces.append((first, last, sources, shared))
+        pieces = self._pieces(values)
         data: dict[str, Any] = {
             "merge_method": self.method,
             "base_model": self.base if self.needs_base else None,
             "compat": self.compat,
             "seed": self.seed,
         }
+        models = [{"model": path} for _, path in self.experts]
         if len(pieces) == 1:
-            _, _, data["models"], shared = pieces[0]
-            data["parameters"] = everywhere | shared
-        else:
-            data["parameters"] = everywhere
-            data["slices"] = [
-                {
-                    "sources": [{**source, "layer_range": [first, last]} for source in sources],
-                    "parameters": shared,
-                }
-                for first, last, sources, shared in pieces
-            ]
+            _, _, each, data["parameters"] = pieces[0]
+            data["models"] = [{**model, "parameters": own} for model, own in zip(models, each, strict=True)]
+            return Recipe.from_dict(data)
+        bent = {name for _, _, _, shared in pieces for name in shared if shared[name] != pieces[0][3][name]}
+        sliced = bent | {s.param for s in self.searched if s.groups}
+        data["parameters"] = {name: value for name, value in pieces[0][3].items() if name not in sliced}
+        data["slices"] = [
+            {
+                "sources": [
+                    {**model, "parameters": own, "layer_range": [first, last]}
+                    for model, own in zip(models, each, strict=True)
+                ],
+                "parameters": {name: value for name, value in shared.items() if name in sliced},
+            }
+            for first, last, each, shared in pieces
+        ]
         return Recipe.from_dict(data)
 
-    def _source(self, values: Mapping[Slot, float], group: int, expert: int) -> dict[str, Any]:
-        """Return one entry of `models` or `sources`, without its layers."""
-        parameters = {name: value for name, value in self.fixed if name in self.per_expert}
-        for param in self._searched:
-            if param in self.per_expert:
-                parameters[param] = self._setting(values, param, expert, group)
-        return {"model": self.experts[expert][1], "parameters": parameters}
+    def _pieces(self, values: Mapping[Slot, Natural]) -> list[Piece]:
+        """Return the slices, as few as can be.
 
-    def _shared(self, values: Mapping[Slot, float], group: int | None) -> Iterator[tuple[str, Any]]:
-        """Yield the parameters shared by the experts: those of one group, or those of no group."""
-        for param, slot in self._searched.items():
-            if param not in self.per_expert and (slot.group is None) == (group is None):
-                yield param, self._setting(values, param, None, group)
+        A recipe's gradients run over their slice. Where there are several, curves over the whole depth are therefore
+        written with one value per layer: exactly what the whole-model gradient gives there.
+        """
+        pieces = _melted([(*self.groups[i], *self._settings(values, i)) for i in range(len(self.groups))])
+        if len(pieces) == 1 or not any(map(_bent, pieces)):
+            return pieces
+        n = self.n_layers
 
-    @cached_property
-    def _searched(self) -> dict[str, Slot]:
-        """Each searched parameter with one of its slots, in the order of the genes."""
-        return {slot.param: slot for slot in self.slots}
+        def part(own: dict[str, Any], first: int, past: int) -> dict[str, Any]:
+            return {name: in_slice(value, first, past, n) for name, value in own.items()}
 
-    def _setting(self, values: Mapping[Slot, float], param: str, expert: int | None, group: int | None) -> Any:
-        """Return a recipe's setting: a number, or a list with one filter per part of a component."""
-        shape = self._searched[param]
-        where = (None if shape.expert is None else expert, None if shape.group is None else group)
-        if shape.component is None:
-            return values[Slot(param, *where)]
-        found = [values[Slot(param, *where, c)] for c in range(len(self.components))]
-        if len(set(found)) == 1:
+        slices = [
+            (a, b, [part(own, a, b) for own in each], part(shared, a, b))
+            for first, past, each, shared in pieces
+            for a, b in cut(first, past, n)
+        ]
+        return _melted(slices, bent=False)  # equal lists in two slices are not one list over both
+
+    def _settings(self, values: Mapping[Slot, Natural], group: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the parameters of each expert, and those that they share, in a layer group."""
+        each: list[dict[str, Any]] = [{} for _ in self.experts]
+        shared: dict[str, Any] = {}
+        for name, value in self.fixed:
+            if name not in self.per_expert:
+                shared[name] = value
+                continue
+            for own, (expert, _) in zip(each, self.experts, strict=True):
+                own[name] = value[expert] if isinstance(value, Mapping) else value
+        for how in self.searched:
+            if how.param in self.per_expert:
+                for index, own in enumerate(each):
+                    own[how.param] = self._setting(values, how, index, group)
+            else:
+                shared[how.param] = self._setting(values, how, 0, group)
+        return each, shared
+
+    def _setting(self, values: Mapping[Slot, Natural], how: Searched, expert: int, group: int) -> Any:
+        """Return a recipe's setting: a value, a gradient, or a list with one filter per part of a component."""
+        slot = Slot(how.param, expert if how.experts else None, group if how.groups else None)
+        if not how.components:
+            return self._value(values, how, slot)
+        found = [self._value(values, how, replace(slot, component=c)) for c in range(len(self.components))]
+        if all(value == found[0] for value in found):
             return found[0]
         return [
             {"value": value} if part == EVERYTHING else {"filter": part, "value": value}
-            for value, (_, parts) in zip(found, self.components, strict=True)
-            for part in parts
+            for value, component in zip(found, self.components, strict=True)
+            for part in component.parts
         ]
 
-    def point_of(self, recipe: Recipe) -> dict[str, float] | None:
+    def _value(self, values: Mapping[Slot, Natural], how: Searched, slot: Slot) -> Any:
+        if slot.component is not None and self.components[slot.component].outside:
+            return values[replace(slot, group=None)]
+        if how.form == "value":
+            return values[slot]
+        return over_depth(how.form, [values[replace(slot, point=k)] for k in range(how.points)])
+
+    # ---------------------------------------------------------------- from a recipe
+
+    def point_of(self, recipe: Recipe) -> dict[str, Natural] | None:
         """Return the natural values that make `recipe`, or None if no point of the space does.
 
         Recipes are equal here if every output tensor is planned equally: spelling out a default, or splitting
@@ -225,14 +215,12 @@ class SearchSpace:
             return None
         try:
             wanted = recipe.plan(self._probes(recipe), self.n_layers)
-            params = self._read({plan.name: plan for plan in wanted})
+            params = dict(self._read({plan.name: plan for plan in wanted}))
             mine = self.recipe(params)
         except (ConfigError, KeyError, IndexError, TypeError):
-            return None  # other experts, other layers, or values outside the ranges
+            return None  # other experts, other layers, or values outside the ranges or between the decimals
         if mine.plan(self._probes(recipe), self.n_layers) != wanted:
             return None
-        if any(gene.clipped(params[gene.name]) != params[gene.name] for gene in self.genes):
-            return None  # finer than the 4 decimals of a point
         same_dtypes = (mine.dtype, mine.out_dtype) == (recipe.dtype, recipe.out_dtype)
         return params if same_dtypes and (mine.seed == recipe.seed or not self._random) else None
 
@@ -242,48 +230,82 @@ class SearchSpace:
 
         return bool(registry.get("methods", self.method).random)
 
-    def _read(self, plans: Mapping[str, TensorPlan]) -> dict[str, float]:
-        """Return each gene's value in a planned recipe, from one tensor that the gene governs."""
-        params = {}
+    def _read(self, plans: Mapping[str, TensorPlan]) -> Iterator[tuple[str, Natural]]:
+        """Yield each gene's value in a planned recipe, from tensors that the gene governs.
+
+        Raises:
+            KeyError: a value that its gene does not have.
+        """
+        forms = {how.param: how for how in self.searched}
         for gene, slot in zip(self.genes, self.slots, strict=True):
-            part = EVERYTHING if slot.component is None else self.components[slot.component][1][0]
-            plan = plans[_probe(self.groups[slot.group or 0][0], part)]
-            per_input = plan.per_input[slot.expert or 0] if slot.param in self.per_expert else {}
-            value = per_input.get(slot.param, plan.shared.get(slot.param))
-            params[gene.name] = float(value) if value is not None else math.nan
-        return params
+            component = Component("", (EVERYTHING,)) if slot.component is None else self.components[slot.component]
+            part = component.parts[0]
+            if component.outside:
+                value = self._planned(plans[outside_probe(part)], slot)
+            elif slot.point is None:
+                value = self._planned(plans[self._governed(slot, part)], slot)
+            else:
+                how = forms[slot.param]
+                layers = [self._planned(plans[probe(i, part)], slot) for i in range(self.n_layers)]
+                value = from_depth(how.form, layers, how.points)[slot.point]
+            snapped = gene.snapped(value)
+            if snapped is None:
+                raise KeyError(gene.name)
+            yield gene.name, snapped
+
+    def _governed(self, slot: Slot, part: str) -> str:
+        """Return a tensor's name in the layers of a slot that its component takes before any other does."""
+        layers = range(self.n_layers) if slot.group is None else range(*self.groups[slot.group])
+        earlier = self.components[: slot.component]
+        names = (probe(layer, part) for layer in layers)
+        return next((n for n in names if not any(c.takes(n) for c in earlier)), probe(layers[0], part))
+
+    def _planned(self, plan: TensorPlan, slot: Slot) -> Any:
+        per_input = plan.per_input[slot.expert or 0] if slot.param in self.per_expert else plan.shared
+        return per_input.get(slot.param)
 
     def _probes(self, recipe: Recipe) -> list[str]:
         """Return tensor names that between them show every filter, of ours and of `recipe`, in every layer."""
+        outside = {part: None for component in self.components if component.outside for part in component.parts}
         parts = {EVERYTHING: None}
-        parts |= {part: None for _, names in self.components for part in names}
+        parts |= {part: None for component in self.components if not component.outside for part in component.parts}
         levels = [recipe.parameters]
         for piece in recipe.slices:
             levels += [piece.parameters, *(source.parameters for source in piece.sources)]
         for _, setting in (pair for level in levels for pair in level):
             for item in setting if isinstance(setting, tuple) else ():
-                if isinstance(item, Conditional) and item.filter is not None:
+                if isinstance(item, Conditional) and item.filter is not None and item.filter not in outside:
                     parts[item.filter] = None
-        names = [_probe(layer, part) for layer in range(self.n_layers) for part in parts]
-        outside = [f"{place}.{part}.weight" for place in ("embed", "norm") for part in parts]
-        return names + outside
+        names = [probe(layer, part) for layer in range(self.n_layers) for part in parts]
+        names += [outside_probe(f"{place}.{part}") for place in ("embed", "norm") for part in parts]
+        return [*names, *map(outside_probe, outside)]
 
-    def _check(self, params: Mapping[str, float]) -> None:
+    def _check(self, params: Mapping[str, Natural]) -> None:
         known = {gene.name: gene for gene in self.genes}
         problems = [Problem("the space has no such gene", name) for name in params if name not in known]
         for name, gene in known.items():
-            value: object = params.get(name)
+            value = params.get(name)
             if value is None:
                 problems.append(Problem("this gene has no value", name))
-            elif not isinstance(value, (int, float)) or not gene.low <= value <= gene.high:
-                message = f"{value!r} is not a number from {gene.low:g} to {gene.high:g}"
-                problems.append(Problem(message, name))
+            elif not gene.holds(value):
+                problems.append(Problem(f"{value!r} is not {gene.expected}", name))
         if problems:
             raise ConfigError.of(problems, "the point")
 
 
-def _probe(layer: int, part: str) -> str:
-    return f"model.layers.{layer}.{'any' if part == EVERYTHING else part}.weight"
+def _bent(piece: Piece) -> bool:
+    return any(bends(value) for own in (*piece[2], piece[3]) for value in own.values())
+
+
+def _melted(pieces: list[Piece], bent: bool = True) -> list[Piece]:
+    """Return the pieces with equal neighbours made one, those with gradients only if `bent`."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and found[-1][2:] == piece[2:] and (bent or not _bent(piece)):
+            found[-1] = (found[-1][0], *piece[1:])
+        else:
+            found.append(piece)
+    return found
 
 
 def known_recipes(base: str, experts: Mapping[str, str], seed: int = 0) -> list[tuple[str, Recipe]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
 from optuna.study import StudyDirection
@@ -26,6 +26,7 @@ from optuna.trial import TrialState
 from evomerge.errors import StorageError, StudyConflict
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
+from evomerge.space import Natural
 from evomerge.storage import (
     LEASE,
     Lease,
@@ -81,7 +82,7 @@ class Candidate:
     state: str
     label: str | None
     fingerprint: str
-    params: dict[str, float] | None
+    params: dict[str, Natural] | None
     values: tuple[float, ...] | None = None
     stderr: tuple[float, ...] | None = None
     arrival: int | None = None
@@ -191,19 +192,17 @@ class Study:
     def propose(
         self,
         recipe: Recipe,
-        params: Mapping[str, float] | None,
-        bounds: Mapping[str, tuple[float, float, bool]],
+        params: Mapping[str, Natural] | None,
+        domains: Mapping[str, Sequence[Natural] | tuple[float, float, bool]],
         label: str | None = None,
     ) -> int:
         """Record a candidate as RUNNING in one transaction and return its number.
 
         Args:
             params: gene -> natural value; None for a recipe outside the space.
-            bounds: gene -> (low, high, log).
+            domains: gene -> (low, high, log), ints for whole numbers, or the list of its choices.
         """
-        distributions: dict[str, BaseDistribution] = {
-            name: FloatDistribution(low, high, log=log) for name, (low, high, log) in bounds.items()
-        }
+        distributions = {name: _distribution(domain) for name, domain in domains.items()}
         attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint}
         if label is not None:
             attrs["label"] = label
@@ -428,6 +427,15 @@ def _item_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
             for k, start in enumerate(range(0, max(1, len(text)), PIECE_CHARS)):
                 packed[f"{ITEMS}:{split}:{name}:{k:03d}"] = text[start : start + PIECE_CHARS]
     return packed
+
+
+def _distribution(domain: Sequence[Natural] | tuple[float, float, bool]) -> BaseDistribution:
+    if isinstance(domain, list):
+        return CategoricalDistribution(domain)
+    low, high, log = domain
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=bool(log))
+    return FloatDistribution(float(low), float(high), log=bool(log))
 
 
 def _short(value: Any) -> str:

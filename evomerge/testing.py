@@ -159,6 +159,25 @@ def check_nan_stays_visible(method: Method) -> None:
         _require(bool(result[4:8].isnan().all()), method, f"hides a NaN (k={k})")
 
 
+def check_threads(method: Method, shape: tuple[int, ...] = (1100, 1000)) -> None:
+    """A tensor of more than one chunk merges to the same bits on one, two and three threads.
+
+    Not one of METHOD_CHECKS: methods with singular vectors take seconds for a matrix of that size.
+    """
+    k = max(_counts(method))
+    x, parameters = make_inputs(method, k, shape), example_parameters(method, k)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_bits(method(x, **parameters)))
+    finally:
+        torch.set_num_threads(before)
+    same = all(torch.equal(results[0], other) for other in results[1:])
+    _require(same, method, "the number of threads changes bits")
+
+
 METHOD_CHECKS: tuple[Callable[[Method], None], ...] = (
     check_description,
     check_no_writes,

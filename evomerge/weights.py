@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ class TensorInfo:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -85,7 +91,14 @@ class Checkpoint:
     @property
     def n_bytes(self) -> int:
         """Size of all tensors in memory, in bytes."""
-        return sum(_numel(i.shape) * i.dtype.itemsize for i in self.info.values())
+        return sum(i.n_bytes for i in self.info.values())
+
+    def bytes_as(self, dtype: torch.dtype | None) -> int:
+        """Size of all tensors once the floating ones have `dtype`; None: the checkpoint's own."""
+        own = dtype or self.dtype
+        return sum(
+            math.prod(i.shape) * own.itemsize if i.dtype.is_floating_point else i.n_bytes for i in self.info.values()
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,31 +197,70 @@ class Checkpoint:
 
 
 class Weights:
-    """Base and experts resident for a worker: memory-mapped on CPU, copied once to a GPU.
+    """Base and experts resident for a worker, each tensor where the plan puts it.
+
+    A tensor on the GPU is copied there once. One in host memory is copied there once (page-locked beside a GPU) and
+    streamed to the GPU at each use; one on disk is memory-mapped, so that its pages are shared by all processes
+    that read it, and streamed in the same way. On a CPU nothing is streamed: tensors are handed out as they lie.
 
     Args:
         paths: the checkpoints' folders, base first.
         device: where tensors are handed out.
+        place: (model, tensor name) -> "gpu", "pinned" or "disk"; absent: the GPU if there is one, else the disk.
     """
 
-    def __init__(self, paths: Iterable[str], device: str = "cpu") -> None:
+    def __init__(
+        self, paths: Iterable[str], device: str = "cpu", place: Callable[[str, str], str] | None = None
+    ) -> None:
         self.device = torch.device(device)
         self.checkpoints = {path: Checkpoint(path) for path in paths}
+        on_gpu = self.device.type == "cuda"
+        self._place = place or (lambda model, name: "gpu" if on_gpu else "disk")
         self._resident: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, model: str, name: str) -> Tensor:
         """The tensor `name` of the checkpoint at `model`, on this device. Never write to it."""
-        key = (model, name)
-        if key not in self._resident:
-            if model not in self.checkpoints:
-                self.checkpoints[model] = Checkpoint(model)
-            self._resident[key] = self.checkpoints[model].tensor(name).to(self.device)
-        return self._resident[key]
+        tensor = self._resident.get((model, name))
+        if tensor is None:
+            tensor = self._fetch(model, name)
+        # Safe without waiting: the copy and everything that reads it are on one stream, in this order.
+        return tensor.to(self.device, non_blocking=True)
+
+    def load(self) -> None:
+        """Copy now what belongs on the GPU or in host memory, instead of at its first use.
+
+        Raises:
+            WeightsError: it does not fit.
+        """
+        try:
+            for model, checkpoint in self.checkpoints.items():
+                for name in checkpoint.names:
+                    if self._place(model, name) != "disk" and (model, name) not in self._resident:
+                        self._fetch(model, name)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            raise WeightsError(
+                f"the resident weights do not fit in memory: {str(error).splitlines()[0][:300]}",
+                hint="lower `gpu_memory:` or `host_memory:` under `workers:`",
+            ) from error
 
     def forget(self, keys: Iterable[tuple[str, str]]) -> None:
         """Let go of tensors that are not needed again."""
         for key in keys:
             self._resident.pop(key, None)
+
+    def _fetch(self, model: str, name: str) -> Tensor:
+        """The tensor at its place, and kept there."""
+        if model not in self.checkpoints:
+            self.checkpoints[model] = Checkpoint(model)
+        stored = self.checkpoints[model].tensor(name)
+        place = self._place(model, name)
+        if place == "gpu":
+            stored = stored.to(self.device)
+        elif place == "pinned":
+            pin = self.device.type == "cuda"
+            stored = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pin).copy_(stored)
+        self._resident[model, name] = stored
+        return stored
 
 
 def has_chat_template(folder: str) -> bool:
@@ -233,80 +285,8 @@ def open_all(paths: Mapping[str, str]) -> tuple[dict[str, Checkpoint], list[Prob
     return opened, problems
 
 
-def check_family(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[Problem]:
-    """Everything that makes these experts unfit to merge with this base; empty when all is well.
-
-    Reads every weight once, to find NaN and infinity.
-    """
-    problems: list[Problem] = []
-    for label, expert in experts.items():
-        problems += _compare(base, expert, label)
-    for label, checkpoint in {"base": base, **experts}.items():
-        problems += _non_finite(checkpoint, label)
-    return problems
-
-
-def _compare(base: Checkpoint, expert: Checkpoint, label: str) -> Iterator[Problem]:
-    missing = [n for n in base.info if n not in expert.info]
-    extra = [n for n in expert.info if n not in base.info]
-    for kind, names in (("has no tensor", missing), ("has a tensor that the base lacks:", extra)):
-        if names:
-            more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-            yield Problem(f"{kind} {', '.join(names[:3])}{more}", where=label)
-    for name, info in base.info.items():
-        other = expert.info.get(name)
-        if other is not None and other.shape != info.shape:
-            yield Problem(f"tensor {name} has shape {other.shape}, but {info.shape} in the base", where=label)
-    ours_vocab, theirs_vocab = _vocabulary(base.folder), _vocabulary(expert.folder)
-    if ours_vocab and theirs_vocab and ours_vocab != theirs_vocab:
-        differing = sum(ours_vocab.get(t) != i for t, i in theirs_vocab.items()) + sum(
-            t not in theirs_vocab for t in ours_vocab
-        )
-        yield Problem(
-            f"the tokenizer gives other ids than the base's to {differing} tokens",
-            where=label,
-            hint="merging rows of embeddings that mean different tokens gives nonsense",
-        )
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Token -> id from tokenizer.json; empty when the folder has none."""
-    try:
-        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    try:
-        vocab = data.get("model", {}).get("vocab", {})
-        if isinstance(vocab, list):  # unigram models list [token, score] pairs
-            vocab = {entry[0]: index for index, entry in enumerate(vocab)}
-        return dict(vocab) | {t["content"]: t["id"] for t in data.get("added_tokens", [])}
-    except (AttributeError, TypeError, KeyError, ValueError, IndexError):
-        return {}  # transformers says what is wrong with it when the base's tokenizer is loaded
-
-
-def _non_finite(checkpoint: Checkpoint, label: str) -> Iterator[Problem]:
-    for name, info in checkpoint.info.items():
-        if not info.dtype.is_floating_point:
-            continue
-        try:
-            finite = torch.isfinite(checkpoint.tensor(name))
-        except WeightsError as error:
-            yield Problem(error.message, where=label, hint=error.hint)
-            return
-        if not bool(finite.all()):
-            count = finite.numel() - int(finite.sum())
-            yield Problem(f"tensor {name} holds {count} values that are NaN or infinite", where=label)
-
-
 def _order(name: str) -> tuple[int, int, str]:
     layer = layer_index(name)
     if layer is not None:
         return (1, layer, name)
     return (0 if "emb" in name or "wte" in name or "wpe" in name else 2, 0, name)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -6,16 +6,19 @@ import contextlib
 import os
 import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from evomerge import faults
+from evomerge.methods import Tables
 from evomerge.model import LiveModel
 from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
 from evomerge.recipe import Recipe
-from evomerge.weights import Weights
+from evomerge.residency import Memory, settle
+from evomerge.weights import Checkpoint, Weights
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class WorkerSpec:
         threads: CPU threads for arithmetic; 0 leaves torch's default.
         dtype: name of a torch dtype for the live model; None keeps the base's.
         allowed_s: longest time for one candidate before its worker is replaced; None is no limit.
+        memory: budgets for resident weights and tables.
     """
 
     base: str
@@ -39,6 +43,7 @@ class WorkerSpec:
     threads: int = 0
     dtype: str | None = None
     allowed_s: float | None = None
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Outcome:
         merge_s, eval_s: wall-clock seconds of merging and of scoring.
         peak_bytes: largest memory of the worker during the job (device memory on CUDA).
         worker: which process did it.
+        tables: what the worker has computed from the models alone so far: bytes, budget, seconds, counts.
     """
 
     number: int
@@ -67,6 +73,7 @@ class Outcome:
     eval_s: float
     peak_bytes: int
     worker: str
+    tables: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,12 @@ class Worker:
         device = spec.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.weights = Weights(spec.models, device)
-        self.live = LiveModel(spec.base, device, dtype)
+        models = {path: Checkpoint(path) for path in spec.models}
+        live_bytes = Checkpoint(spec.base).bytes_as(dtype)
+        self.residency = settle(spec.memory, device, models, live_bytes, measured=True)
+        self.weights = Weights(spec.models, device, self.residency.place)
+        self.live = LiveModel(spec.base, device, dtype, Tables(spec.memory.tables_bytes))
+        self.weights.load()  # after the live model, which must fit whatever the budgets say
         self.objectives: list[Objective] = [make_objective(o) for o in spec.objectives]
 
     def evaluate(self, job: Job) -> Outcome:
@@ -120,6 +131,7 @@ class Worker:
             eval_s=time.perf_counter() - merged,
             peak_bytes=_peak_bytes(self.live.device),
             worker=f"{os.uname().nodename}:{os.getpid()}",
+            tables=self.live.tables.report(),
         )
 
 

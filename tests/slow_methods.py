@@ -112,9 +112,11 @@ def ties(
 
 def keep_mask(n: int, density: float, *, seed: int, tensor_name: str, stream: int, offset: int = 0) -> list[bool]:
     """The counter-based mask with plain Python integers."""
-    text = f"{seed}|{tensor_name}|{stream}".encode()
-    digest = hashlib.blake2b(text, digest_size=12, person=b"evomerge mask").digest()
-    key = [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(3)]
+    key = []
+    for text in (f"{seed}|{tensor_name}", f"{seed}|{tensor_name}|{stream}"):
+        digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"evomerge mask").digest()
+        key.append(int.from_bytes(digest[:4], "little"))
+    key.append(int.from_bytes(digest[4:], "little"))
     word = 2**32
 
     def mix(h: int) -> int:
@@ -130,3 +132,51 @@ def keep_mask(n: int, density: float, *, seed: int, tensor_name: str, stream: in
         h = (h + key[1] + i // word * 0x9E3779B9) % word
         result.append(mix(h ^ key[2]) < math.floor(density * word))
     return result
+
+
+def breadcrumbs(delta: Vector, density: float, gamma: float) -> Vector:
+    """Without the floor(gamma n) largest, the next floor(density n); everything at density 1."""
+    if density >= 1:
+        return list(delta)
+    if density <= 0:
+        return [0.0] * len(delta)
+    n = len(delta)
+    keep = math.floor(density * n)
+    top = min(math.floor(gamma * n), n - keep)
+    order = sorted(range(n), key=lambda j: (-abs(delta[j]), j))[top : top + keep]
+    return [x if j in order else 0.0 for j, x in enumerate(delta)]
+
+
+def della(
+    delta: Vector, row: int, density: float, epsilon: float, *, seed: int, tensor_name: str, stream: int
+) -> Vector:
+    """Keep probabilities by rank in the row, kept entries divided by them."""
+    result = list(delta)
+    for start in range(0, len(delta), row):
+        places = sorted(range(start, start + row), key=lambda j: (abs(delta[j]), j))
+        for rank, j in enumerate(places):
+            u = rank / (row - 1) if row > 1 else 0.5
+            q = (density - epsilon) + 2 * epsilon * u
+            (kept,) = keep_mask(1, q, seed=seed, tensor_name=tensor_name, stream=stream, offset=j)
+            result[j] = delta[j] / q if kept else 0.0
+    return result
+
+
+def sce(base: Vector, deltas: Sequence[Vector], share: float, sum_all: bool = False) -> Vector:
+    k, n = len(deltas), len(base)
+    variance = []
+    for j in range(n):
+        column = [d[j] for d in deltas]
+        mean = math.fsum(column) / k
+        value = math.fsum((x - mean) ** 2 for x in column) / k
+        variance.append(0.0 if value <= 1e-12 * math.fsum(x * x for x in column) / k else value)
+    varying = sum(v > 0 for v in variance)
+    keep = [True] * n
+    if share < 1 and varying:
+        order = sorted(range(n), key=lambda j: (-variance[j], j))[: max(1, math.floor(share * varying))]
+        keep = [j in order for j in range(n)]
+    masked_ones = [[x if m else 0.0 for x, m in zip(d, keep, strict=True)] for d in deltas]
+    squares = [math.fsum(x * x for x in d) for d in masked_ones]
+    total = math.fsum(squares)
+    weight = [s / total if total else 1 / k for s in squares]
+    return elect(base, list(deltas) if sum_all else masked_ones, weight, weighted=False)

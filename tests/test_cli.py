@@ -267,7 +267,7 @@ def test_nothing_but_failures_ends_the_search(work: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("how", [["--inline"], ["-o", "workers={local: 3, threads: 1}"]])
 def test_equal_recipes_are_scored_once(work: Path, run: Run, how: list[str]) -> None:
-    edit_study(lambda d: d["space"]["genes"]["weight"].update(low=0.5, high=0.50001))
+    edit_study(lambda d: d["space"]["genes"].update(weight={"choices": [0.5, 0.75], "per_expert": False}))
     code, _, err = run("search", "study.yaml", *how)
     assert code == 0, err
     candidates = Study.load(URL, "tiny").candidates()

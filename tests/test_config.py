@@ -77,7 +77,7 @@ def test_missing_keys_are_named(key: str) -> None:
         ("budget.hours=.nan", "nan"),
         ("budget.evaluations=true", "budget.evaluations"),
         ("budget.evaluations=2.5", "budget.evaluations"),
-        ("workers={local: 1, ray: 2}", "local:` or `ray:"),
+        ("workers={local: 1, ray: 2}", "`local:` and `ray:`"),
         ("workers={cpus: 2}", "workers.cpus"),
         ("workers={local: 2, device: tpu}", "workers.device"),
         ("experts={}", "experts"),
@@ -179,3 +179,66 @@ def test_a_genome_files_mistakes_are_found_together() -> None:
     problems = found(text)
     for message in ("breadcrumbs", "`limt`", "`tasks[0].wieght`"):
         assert any(message in p for p in problems), (message, problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("40GB", 40 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("512MB", 512 * 10**6),
+        ("3kB", 3000),
+        ("2KiB", 2048),
+        ("7B", 7),
+        ("0", 0),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_memory_budgets_are_sizes_with_their_unit(text: str, size: int) -> None:
+    workers = parse_study(GOOD, "s", (f"workers={{local: 1, gpu_memory: {text}, tables: 1MB}}",)).workers
+    assert (workers.gpu_memory, workers.host_memory, workers.tables) == (size, None, 10**6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["40", "40gb", "-1GB", "GB", "1e9GB", "true", ".inf", "1.GB", "40 G", "'40  GB'", "''", "[1GB]", "99999999999GB"],
+)
+def test_other_sizes_are_refused_once_and_in_place(text: str) -> None:
+    study = GOOD + f"workers:\n  local: 1\n  host_memory: {text}\n"
+    (problem,) = found(study)
+    assert problem.startswith("study.yaml:11: `workers.host_memory`: a size is a number with its unit, as in 40GB"), (
+        problem
+    )
+
+
+def test_a_mapping_is_not_also_told_that_it_is_no_number() -> None:
+    (problem,) = found(GOOD + "workers: {local: 1, cpus: 2}\n")
+    assert problem.startswith("study.yaml:9: unknown key `workers.cpus`")
+
+
+def test_places_are_lines_of_the_file_that_says_so(tmp_path: Path) -> None:
+    text = GOOD.replace("{red: red, green: green}", "\n  red.1: red\n  red: green\n")
+    config = parse_study(text, "study.yaml")
+    assert config.where("experts", "red.1") == "study.yaml:4"
+    assert config.where("storage") == "study.yaml: storage"  # a default: no line says it
+    assert config.where_in_space("experts.red.1") == "study.yaml:4: experts.red.1"
+    assert config.where_in_space("genes.weight.high") == "study.yaml:9: genes.weight.high"
+    assert config.where_in_space("genes.weight.nothing") == "study.yaml:9: genes.weight.nothing"
+    assert config.where_in_space("") == "study.yaml:7"
+    space = tmp_path / "space.yaml"
+    space.write_text("method: ties\ngenes:\n  a.b:\n    low: 1\n")
+    own = parse_study(GOOD, "s", (f"space={space}",))
+    assert own.where_in_space("genes.a.b.low") == f"{space}:4: genes.a.b.low"
+    assert own.where_in_space("layer_groups") == f"{space}:1: layer_groups"
+    assert own.where_in_space("experts") == "s:3: experts"
+
+
+def test_a_genome_file_has_places_too(work: Path) -> None:
+    config = parse_study(GENOME, "g.yml")
+    assert config.where("experts", "red") == "g.yml: experts.red"
+    assert config.where_in_space("genes.weight") == "g.yml:1: genes.weight"
+
+
+def test_workers_without_a_number_are_one_local_process() -> None:
+    workers = parse_study(GOOD, "s", ("workers={tables: 1MB}",)).workers
+    assert (workers.local, workers.ray, workers.tables) == (1, None, 10**6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from evomerge.methods import keep_mask
 from evomerge.model import LiveModel
 from evomerge.objectives import ObjectiveSpec, make_objective
 from evomerge.recipe import Recipe
+from evomerge.residency import Memory
 from evomerge.weights import Weights
+from evomerge.worker import Job, Worker, WorkerSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,3 +66,43 @@ def test_scoring_repeats_to_the_bit(work: Path) -> None:
     objective = make_objective(ObjectiveSpec("pick", "lm_eval", {"file": "pick.yaml"}))
     first, second = objective.score(live, "search"), objective.score(live, "search")
     assert (first.items == second.items).all()
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_merges_have_the_same_bits_wherever_weights_live(work: Path, method: str) -> None:
+    made = recipe(method, 0.3, 0.4, 0.5)
+    found = []
+    for place in ("gpu", "pinned", "disk"):
+        live = LiveModel("base", "cuda")
+        weights = Weights(["base", *EXPERTS], "cuda", lambda model, name, place=place: place)
+        weights.load()
+        for _ in range(2):  # streamed again: nothing was written to
+            live.install(made, weights)
+        found.append({n: p.detach().clone() for n, p in live.model.named_parameters()})
+    for other in found[1:]:
+        assert all(torch.equal(found[0][n], p) for n, p in other.items())
+
+
+def test_tensors_are_kept_where_the_plan_says(work: Path) -> None:
+    name = "model.embed_tokens.weight"
+    pinned = Weights(["red"], "cuda", lambda model, name: "pinned")
+    first, second = pinned("red", name), pinned("red", name)
+    assert first.is_cuda and first.data_ptr() != second.data_ptr()  # streamed each time
+    assert pinned._resident["red", name].is_pinned() and torch.equal(first, second)
+    resident = Weights(["red"], "cuda", lambda model, name: "gpu")
+    assert resident("red", name) is resident("red", name)
+    assert not Weights(["red"], "cuda", lambda model, name: "disk")._fetch("red", name).is_cuda
+
+
+def test_a_worker_keeps_its_budget(work: Path) -> None:
+    objective = ObjectiveSpec("text", "perplexity", {"files": {"search": "text.search.txt"}})
+    spec = WorkerSpec("base", ("base", *EXPERTS), (objective,), device="cuda", threads=1)
+    values = set()
+    for memory in (Memory(), Memory(gpu_bytes=200_000, host_bytes=0), Memory(gpu_bytes=0, host_bytes=10**9)):
+        worker = Worker(replace(spec, memory=memory))
+        held = sum(t.numel() * t.element_size() for t in worker.weights._resident.values() if t.is_cuda)
+        assert held == worker.residency.total("gpu")[1]
+        assert memory.gpu_bytes is None or held <= memory.gpu_bytes
+        outcome = worker.evaluate(Job(0, recipe("ties", 0.3, 0.4, 0.5)))
+        values.add(outcome.scores["search"]["text"].value)
+    assert len(values) == 1

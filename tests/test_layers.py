@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 
 LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
-     "space", "_space_form", "methods", "optimizers", "surrogate", "front", "testing"},
-    {"weights", "model", "objectives", "storage", "study"},
+     "space", "_space_form", "_space_genes", "_space_parts", "methods", "optimizers", "surrogate", "front", "testing",
+     "feasible"},
+    {"weights", "family", "residency", "model", "objectives", "storage", "study"},
     {"worker", "pool", "search"},
-    {"config", "evolve_file", "prepare", "rescore", "export", "card", "progress", "output", "commands", "cli",
-     "__main__"},
+    {"config", "evolve_file", "prepare", "rescore", "export", "card", "catalogue", "progress", "output", "commands",
+     "cli", "__main__"},
 )  # fmt: skip
 ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker
 
@@ -29,13 +30,14 @@ OWNERS = {
     "sqlalchemy": {"storage", "study"},
     "optuna": {"storage", "study", "optimizers"},
     "cma": {"optimizers"},
+    "numba": {"methods"},
     "pydantic": {"config", "objectives"},
     "typer": {"cli"},
     "rich": {"progress"},
     "pandas": {"study"},
     "yaml": {"strict_yaml", "objectives"},
 }
-PURE = {"numpy", "scipy", "torch", "yaml"}  # what layer 0 may import, beside the standard library
+PURE = {"numba", "numpy", "scipy", "torch", "yaml"}  # what layer 0 may import, beside the standard library
 
 
 def imports(path: Path) -> list[tuple[str, int]]:

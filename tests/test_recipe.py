@@ -116,8 +116,12 @@ def test_plan_of_whole_models() -> None:
             "lambda": 1.0,
             "normalize": True,
             "rescale": False,
+            "scope": "tensor",
             "sign_election": "weighted",
             "sparsify_1d": False,
+            "lines_alpha": 1.0,
+            "lines_beta": 0.0,
+            "lines_match": False,
         },
         per_input=({"weight": 1.0, "density": 1.0}, {"weight": 1.0, "density": 1.0}),
     )
@@ -414,7 +418,7 @@ def test_every_problem_at_once_with_file_and_line() -> None:
         ({"models": ["a"]}, "models[0]", "expected a mapping"),
         ({"modules": {}}, "modules", "not supported"),
         ({"seed": True}, "seed", "True"),
-        ({"parameters": {"rescale": "inv_prob"}}, "parameters.rescale", "one of l1, none, true"),
+        ({"parameters": {"rescale": "inv_prob"}}, "parameters.rescale", "one of l1, l2, none, true"),
         ({"parameters": {"sign_election": True}}, "parameters.sign_election", "one of weighted"),
         ({"parameters": {"normalize": [0, 1]}}, "parameters.normalize", "one value"),
         ({"parameters": {"weight": True}}, "parameters.weight", "a number"),
@@ -462,19 +466,23 @@ def test_the_constructor_refuses_whole_models_beside_slices() -> None:
 # ---- writing, fingerprints ------------------------------------------------------------------------
 
 NUMBERS = st.floats(-3, 3, allow_nan=False) | st.integers(-2, 2)
-VALUES = NUMBERS | st.lists(NUMBERS, min_size=1, max_size=4)
-FILTERED = st.lists(
-    st.fixed_dictionaries({"value": VALUES}, optional={"filter": st.sampled_from(["mlp", "*", "1e-4", "q", "no"])}),
-    min_size=1,
-    max_size=3,
-)
-SETTINGS = VALUES | FILTERED
+
+
+def settings(numbers: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    values = numbers | st.lists(numbers, min_size=1, max_size=4)
+    filters = st.sampled_from(["mlp", "*", "1e-4", "q", "no"])
+    filtered = st.fixed_dictionaries({"value": values}, optional={"filter": filters})
+    return values | st.lists(filtered, min_size=1, max_size=3)
+
+
+SETTINGS = settings(NUMBERS)
+SHARES = settings(st.floats(0, 1) | st.integers(0, 1))  # what a density may be
 PATHS = st.sampled_from(["a", "b", "org/model@rev", "path with: colon", "1.0", "null", "é"])
 
 
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
-    per_model = st.fixed_dictionaries({}, optional={"weight": SETTINGS, "density": SETTINGS})
+    per_model = st.fixed_dictionaries({}, optional={"weight": SETTINGS, "density": SHARES})
     top: dict[str, Any] = {
         "merge_method": "dare_ties",
         "base_model": "base",

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import WeightsError
+from evomerge.family import check_family
 from evomerge.model import check_architecture, check_siblings
-from evomerge.weights import Checkpoint, Weights, check_family, open_all
+from evomerge.weights import Checkpoint, Weights, open_all
 
 EXPERTS = ("red", "green", "blue")
 

@@ -11,41 +11,17 @@ return one of its inputs itself, which says "a pure copy": `merge_tensor` then k
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from evomerge import registry
-from evomerge.errors import ConfigError, WeightsError
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a search uses for a parameter unless told otherwise, and what it may be at all (`limits`)."""
-
-    low: float
-    high: float
-    log: bool = False
-    limits: tuple[float, float] | None = None
-
-
-class _Marker:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-_PER_EXPERT = _Marker("per expert")
-PerExpert = Annotated[float | Sequence[float], _PER_EXPERT]
-"""One value per expert; inside a method read it with `x.each(value)`."""
-
-EXTENSION = _Marker("extension")
-"""Annotates a parameter that mergekit does not have."""
+from evomerge.errors import ConfigError
+from evomerge.methods._inputs import Inputs
+from evomerge.methods._lines import LINES_PARAMETERS, depth_scale, lines, matched, scaled, take_lines
+from evomerge.methods._ranges import EXTENSION, PER_EXPERT, Range
 
 Kind = Literal["float", "int", "bool", "choice"]
 
@@ -68,67 +44,6 @@ class Param:
     extension: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """The tensors of one name that a method merges.
-
-    `base` and the K `experts` have one shape, dtype and device. `streams` numbers the experts'
-    random masks, `seed` seeds them. `keep(i)` replaces the mask of expert i where it returns one
-    (tests inject recorded masks with it).
-
-    Raises:
-        WeightsError: if the shapes differ.
-    """
-
-    name: str
-    base: Tensor | None
-    experts: tuple[Tensor, ...]
-    streams: tuple[int, ...] = ()
-    seed: int = 0
-    compat: str = "paper"
-    keep: Callable[[int], Tensor | None] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.streams:
-            object.__setattr__(self, "streams", tuple(range(len(self.experts))))
-        every = self.experts if self.base is None else (self.base, *self.experts)
-        shapes = [tuple(tensor.shape) for tensor in every]
-        if len(set(shapes)) > 1:
-            raise WeightsError(
-                f"tensor {self.name!r} has different shapes in the models: {shapes}",
-                hint="merge models of one architecture and vocabulary",
-            )
-
-    @property
-    def paper(self) -> bool:
-        """True for our own arithmetic, False where mergekit's must be reproduced."""
-        return self.compat != "mergekit"
-
-    @property
-    def reference(self) -> Tensor:
-        """The base, checked to be there."""
-        if self.base is None:
-            raise ConfigError(f"the merge of {self.name!r} needs a base model")
-        return self.base
-
-    @cached_property
-    def deltas(self) -> tuple[Tensor, ...]:
-        """The task vectors (K tensors), computed once and shared: never write to them."""
-        return tuple(expert - self.reference for expert in self.experts)
-
-    def delta(self, i: int) -> Tensor:
-        """Returns the task vector of expert i as a temporary that the caller may overwrite."""
-        if "deltas" in self.__dict__:
-            return self.deltas[i].clone()
-        return self.experts[i] - self.reference
-
-    def each(self, value: float | Sequence[float]) -> tuple[float, ...]:
-        """Returns one float per expert from a scalar or a sequence of K."""
-        if isinstance(value, Sequence):
-            return tuple(value)
-        return (value,) * len(self.experts)
-
-
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
@@ -147,6 +62,12 @@ class Method:
     random: bool  # its result depends on the seed
     symmetric: bool  # the order of the experts does not count (up to rounding)
     identity: bool  # one expert at the defaults (required ones at their top) gives that expert
+    optional_base: bool = False  # a base that a recipe names is handed over as such, but none is needed
+
+    @property
+    def takes_base(self) -> bool:
+        """True when a recipe's base model reaches the method apart from the experts."""
+        return self.needs_base or self.optional_base
 
     def parameter(self, name: str) -> Param | None:
         """Returns the parameter with the YAML key `name`, or None."""
@@ -174,14 +95,43 @@ class Method:
                 f"method {self.name} has no parameter {', '.join(sorted(given))}",
                 hint=f"it has {known}",
             )
-        return self.function(x, **keywords)
+        return self._merge(replace(x, parameters=self._resolved(keywords)), keywords)
+
+    def _merge(self, x: Inputs, keywords: dict[str, Any]) -> Tensor:
+        """Calls the function, with the depth line of LiNeS on its merged task vector if one is given.
+
+        A merged task vector is linear in `lambda`, so methods that have one keep their single pass.
+        """
+        if not self.needs_base:
+            return self.function(x, **keywords)
+        for param in self.parameters:
+            if param.name in LINES_PARAMETERS:
+                keywords.setdefault(param.name, param.default)
+        alpha, beta, match = take_lines(keywords)
+        if match:
+            alpha = matched(x, alpha, self._without_lines)
+        scale = depth_scale(x, alpha, beta)
+        if scale == 1.0 or self.parameter("lambda") is None:
+            return scaled(x, self.function(replace(x, target=None) if scale != 1.0 else x, **keywords), scale)
+        return self.function(x, **{**keywords, "lambda_": x.parameters["lambda"] * scale})
+
+    def _without_lines(self, x: Inputs) -> Tensor:
+        """Merges a tensor of the family with its own parameters and no depth line."""
+        keywords = {_keyword(name): value for name, value in x.parameters.items()}
+        take_lines(keywords)
+        return self.function(replace(x, target=None), **keywords)
+
+    def _resolved(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns every parameter's value by YAML key, defaults included."""
+        given = {name.rstrip("_"): value for name, value in keywords.items()}
+        return {param.name: given.get(param.name, param.default) for param in self.parameters}
 
     def check_count(self, n: int, subject: str) -> None:
         """Raises ConfigError unless the method can merge `n` models (the base not counted)."""
         low, high = self.n_experts
         if n < low or (high is not None and n > high):
             wanted = f"exactly {low}" if low == high else f"at least {low}"
-            beside = " beside the base" if self.needs_base else ""
+            beside = " beside the base" if self.takes_base else ""
             raise ConfigError(f"method {self.name} merges {wanted}{beside}, not {n} ({subject})")
 
     def _checked(self, x: Inputs, param: Param, value: Any) -> Any:
@@ -203,12 +153,13 @@ def method(
     random: bool = False,
     symmetric: bool = True,
     identity: bool = True,
+    optional_base: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Method]:
     """Registers the decorated function as the merge method `name`.
 
-    `n_experts` is (fewest, most or None), the base not counted when `needs_base`. The last four
-    say what is true of the method; `evomerge.testing.check_method` checks `random`, `symmetric`
-    and `identity`.
+    `n_experts` is (fewest, most or None), the base not counted when `needs_base` or `optional_base`: with the
+    latter `x.base` is the recipe's base model, or None if it names none. The other flags say what is true of the
+    method; `evomerge.testing.check_method` checks `random`, `symmetric` and `identity`.
 
     Raises:
         TypeError: when a keyword parameter has no usable annotation.
@@ -216,18 +167,21 @@ def method(
 
     def decorate(function: Callable[..., Tensor]) -> Method:
         doc = inspect.getdoc(function) or ""
+        own, shared = _read_parameters(function), _read_parameters(lines) if needs_base else ()
+        named = {param.name for param in own}  # a method may declare the line itself, for other defaults
         made = Method(
             name=name,
             function=function,
             summary=doc.split("\n", 1)[0],
             source=source,
-            parameters=_read_parameters(function),
+            parameters=own + tuple(param for param in shared if param.name not in named),
             needs_base=needs_base,
             n_experts=n_experts,
             mergekit=mergekit,
             random=random,
             symmetric=symmetric,
             identity=identity,
+            optional_base=optional_base,
         )
         registry.register("methods", name, made, module=function.__module__)
         return made
@@ -239,7 +193,7 @@ def _keyword(name: str) -> str:
     return f"{name}_" if name == "lambda" else name
 
 
-def _read_parameters(function: Callable[..., Tensor]) -> tuple[Param, ...]:
+def _read_parameters(function: Callable[..., Any]) -> tuple[Param, ...]:
     hints = get_type_hints(function, include_extras=True)
     signature = inspect.signature(function).parameters.values()
     keywords = [entry for entry in signature if entry.kind is entry.KEYWORD_ONLY]
@@ -261,7 +215,7 @@ def _read_parameter(entry: inspect.Parameter, hint: Any) -> Param:
         kind = "bool"
     elif hint is int:
         kind = "int"
-    elif hint is float or _PER_EXPERT in extras:
+    elif hint is float or PER_EXPERT in extras:
         kind = "float"
     else:
         raise TypeError(f"parameter {entry.name!r} needs an annotation: float, bool, PerExpert ...")
@@ -270,7 +224,7 @@ def _read_parameter(entry: inspect.Parameter, hint: Any) -> Param:
         name=entry.name.rstrip("_"),
         kind=kind,
         default=None if required else entry.default,
-        per_expert=_PER_EXPERT in extras,
+        per_expert=PER_EXPERT in extras,
         low=span.low if span else None,
         high=span.high if span else None,
         limits=span.limits if span else None,

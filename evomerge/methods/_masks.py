@@ -39,30 +39,42 @@ def keep_mask(
     mask = torch.empty(numel, dtype=torch.bool, device=device)
     for start in range(0, numel, _CHUNK):
         stop = min(start + _CHUNK, numel)
-        bits = _hash_bits(offset + start, offset + stop, _keys(seed, tensor_name, stream), device)
+        bits = hash_bits(offset + start, offset + stop, seed, tensor_name, stream, device)
         torch.lt(bits, threshold, out=mask[start:stop])
     return mask.reshape(dims)
 
 
-def _keys(seed: int, tensor_name: str, stream: int) -> tuple[int, int, int]:
+def tensor_key(seed: int, tensor_name: str) -> int:
+    """Returns the key of the first round, which all streams of a tensor share: 32 bits."""
+    return _digest(f"{seed}|{tensor_name}")[0]
+
+
+def stream_keys(seed: int, tensor_name: str, stream: int) -> tuple[int, int]:
+    """Returns what a stream adds and xors between the two rounds: 32 bits each."""
     # The integers at both ends cannot hold a "|", so two different triples never read the same.
-    text = f"{seed}|{tensor_name}|{stream}".encode()
-    digest = hashlib.blake2b(text, digest_size=12, person=b"evomerge mask").digest()
-    first, second, third = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8))
-    return first, second, third
+    return _digest(f"{seed}|{tensor_name}|{stream}")
 
 
-def _hash_bits(start: int, stop: int, keys: tuple[int, int, int], device: torch.device | str) -> Tensor:
+def _digest(text: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"evomerge mask").digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def hash_bits(
+    start: int, stop: int, seed: int, tensor_name: str, stream: int, device: torch.device | str
+) -> Tensor:  # fmt: skip
     """Returns the hashes (int64 in [0, 2^32)) of the element indices start ... stop-1.
 
-    Two keyed rounds of murmur3's 32-bit finaliser over the low and the high word of the index.
-    One round would not do: two streams would then see one permutation, shifted by an xor.
+    Two keyed rounds of murmur3's 32-bit finaliser over the low and the high word of the index; the first has one key
+    per tensor, so that several experts' masks share it. One round would not do: two streams would then see one
+    permutation, shifted by an xor.
     """
+    add, xor = stream_keys(seed, tensor_name, stream)
     index = torch.arange(start, stop, dtype=torch.int64, device=device)
     high = index >> 32
-    h = index.bitwise_and_(_LOW_32).bitwise_xor_(keys[0])
-    h = _finalise(h).add_(keys[1]).add_(high.mul_(0x9E3779B9)).bitwise_and_(_LOW_32)
-    return _finalise(h.bitwise_xor_(keys[2]))
+    h = index.bitwise_and_(_LOW_32).bitwise_xor_(tensor_key(seed, tensor_name))
+    h = _finalise(h).add_(add).add_(high.mul_(0x9E3779B9)).bitwise_and_(_LOW_32)
+    return _finalise(h.bitwise_xor_(xor))
 
 
 def _finalise(h: Tensor) -> Tensor:

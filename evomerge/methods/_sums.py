@@ -1,35 +1,51 @@
 """Sums with a fixed order, so that their bits depend on nothing but the numbers.
 
-torch's own reductions split the work by thread count and device, which changes the last bits.
-Here the order is fixed: chunks of 2^20 elements, each halved by elementwise additions in float64,
-the chunk sums added from left to right.
+torch's own reductions split the work by thread count and device, which changes the last bits. Here the order is
+fixed, in float64: each chunk of 2^20 elements is added row by row onto 2^14 lanes, the lanes are halved until one is
+left, and the chunk sums are added from left to right. On a CPU compiled loops do the same additions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20
+from evomerge.methods import _fused
+
+CHUNK, LANES = _fused.CHUNK, _fused.LANES
 
 
 def fixed_dot(a: Tensor, b: Tensor) -> float:
     """Returns the inner product of two tensors of one shape, accumulated in float64."""
+    if _fused.readable(a) and _fused.readable(b):
+        return _fused.dot(a, b)
     left, right = a.reshape(-1), b.reshape(-1)
-    return _chunked(left.numel(), lambda at: left[at].double().mul_(right[at].double()))
+    return fixed_sum(left.numel(), lambda at: left[at].to(torch.float64, copy=True).mul_(right[at].double()))
 
 
 def fixed_norm1(a: Tensor) -> float:
     """Returns the sum of the absolute values, accumulated in float64."""
+    if _fused.readable(a):
+        return _fused.norm1(a)
     flat = a.reshape(-1)
-    return _chunked(flat.numel(), lambda at: flat[at].double().abs_())
+    return fixed_sum(flat.numel(), lambda at: flat[at].to(torch.float64, copy=True).abs_())
 
 
-def _chunked(n: int, terms: Callable[[slice], Tensor]) -> float:
+def fixed_sum(n: int, terms: Callable[[slice], Tensor]) -> float:
+    """Returns the sum of n float64 terms; `terms(slice)` gives those of one slice as a temporary."""
     total = 0.0
-    for start in range(0, n, _CHUNK):
-        total += _halve(terms(slice(start, min(start + _CHUNK, n))))
+    for start in range(0, n, CHUNK):
+        length = min(CHUNK, n - start)
+        lanes = torch.zeros(0, dtype=torch.float64)
+        for row in range(0, length, LANES):
+            part = terms(slice(start + row, start + min(row + LANES, length)))
+            if row:
+                lanes[: part.numel()] += part
+            else:
+                lanes = part
+        total += _halve(lanes)
     return total
 
 
@@ -39,4 +55,4 @@ def _halve(values: Tensor) -> float:
         half = (values.numel() + 1) // 2
         values[: values.numel() - half] += values[half:]
         values = values[:half]
-    return float(values[0])
+    return float(values[0]) if values.numel() else 0.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateFailure
-from evomerge.methods._core import Inputs, PerExpert, Range, method
+from evomerge.methods import Inputs, PerExpert, Range, _fused, method
 
 _BALANCED = 1e-6  # weights that cancel to less than this share of their size have no average
 
@@ -44,9 +44,11 @@ def linear(
         return torch.zeros_like(x.experts[0])
     if len(active) == 1 and factors[active[0]] == 1.0:
         return x.experts[active[0]]
-    total = x.experts[active[0]] * factors[active[0]]
+    if _fused.usable(x):
+        return _fused.blend(x, [x.experts[i] for i in active], [factors[i] for i in active])
+    total = x.wide_experts[active[0]] * factors[active[0]]
     for i in active[1:]:
-        total.add_(x.experts[i] * factors[i])
+        total.add_(x.wide_experts[i] * factors[i])
     return total
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from evomerge.methods._core import Inputs, Range, method
+from evomerge.methods import Inputs, Range, _fused, method
 from evomerge.methods._sums import fixed_dot
 
 _PARALLEL = 0.9995  # above this cosine the great circle is a line to float32 precision
@@ -31,19 +31,26 @@ def slerp(x: Inputs, *, t: Annotated[float, Range(0.0, 1.0, limits=(0.0, 1.0))])
     """
     if x.paper and t in (0.0, 1.0):
         return x.experts[0] if t else x.reference
-    a, b = _widened(x.reference), _widened(x.experts[0])
-    keep, move = _coefficients(a, b, t)
-    return (a * keep).add_(b * move).to(x.reference.dtype)
+    keep, move = _coefficients(*x.table("slerp", lambda: _products(x)), t)
+    if _fused.usable(x):
+        return _fused.blend(x, [x.reference, x.experts[0]], [keep, move])
+    a, b = _widened(x.wide_base), _widened(x.wide_experts[0])
+    return (a * keep).add_(b * move).to(x.dtype)
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _coefficients(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
-    norms = [math.sqrt(fixed_dot(v, v)) for v in (a, b)]
-    divisor = math.prod(norm if norm > _ZERO_NORM else 1.0 for norm in norms)
-    cosine = fixed_dot(a, b) / divisor
+def _products(x: Inputs) -> tuple[float, float, float]:
+    """Returns <a, a>, <b, b> and <a, b>: all that a new t needs to know of the tensors."""
+    a, b = _widened(x.reference), _widened(x.experts[0])
+    return fixed_dot(a, a), fixed_dot(b, b), fixed_dot(a, b)
+
+
+def _coefficients(aa: float, bb: float, ab: float, t: float) -> tuple[float, float]:
+    norms = [math.sqrt(square) for square in (aa, bb)]
+    cosine = ab / math.prod(norm if norm > _ZERO_NORM else 1.0 for norm in norms)
     if not abs(cosine) <= _PARALLEL:
         return 1.0 - t, t
     angle = math.acos(cosine)

@@ -6,15 +6,16 @@ from typing import Annotated
 
 from torch import Tensor
 
-from evomerge.methods._combine import weighted_sum
-from evomerge.methods._core import Inputs, PerExpert, Range, method
+from evomerge.methods import Inputs, Range, method
+from evomerge.methods._family import Weight, sparsifiers
+from evomerge.methods._stages import Stages, combine
 
 
 @method("task_arithmetic", source="Ilharco et al. 2023, arXiv 2212.04089", mergekit=True)
 def task_arithmetic(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
+    weight: Weight = 1.0,
     lambda_: Annotated[float, Range(0.0, 1.5)] = 1.0,
     normalize: bool = False,
 ) -> Tensor:
@@ -23,5 +24,6 @@ def task_arithmetic(
     A sum over K experts, so a good lambda shrinks roughly as 1/K. `normalize` divides by
     sum_i w_i (by 1 if that is below 1e-8 in size). A negative weight removes a skill.
     """
-    dense = (1.0,) * len(x.experts)
-    return weighted_sum(x, x.each(weight), dense, x.delta, lambda_=lambda_, normalize=normalize)
+    return combine(
+        x, Stages(x.each(weight), sparsifiers(x, "none", 1.0), normalize=normalize, lambda_=lambda_)
+    )  # fmt: skip

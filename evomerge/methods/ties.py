@@ -6,42 +6,52 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from evomerge.methods._combine import check_densities, elected_sum
-from evomerge.methods._core import EXTENSION, Inputs, PerExpert, Range, method
-from evomerge.methods._sparsify import trim
+from evomerge.methods import EXTENSION, Inputs, method
+from evomerge.methods._family import (
+    Density,
+    Lambda,
+    SignElection,
+    Sparsify1d,
+    Weight,
+    rescale_name,
+    sparsifiers,
+)  # fmt: skip
+from evomerge.methods._stages import Stages, combine
 
 
 @method("ties", source="Yadav et al. 2023, arXiv 2306.01708", mergekit=True)
 def ties(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
-    density: Annotated[PerExpert, Range(0.05, 1.0, limits=(0.0, 1.0))] = 1.0,
-    lambda_: Annotated[float, Range(0.3, 2.5)] = 1.0,
+    weight: Weight = 1.0,
+    density: Density = 1.0,
+    lambda_: Lambda = 1.0,
     normalize: bool = True,
-    rescale: bool | Literal["l1", "none"] = False,
-    sign_election: Annotated[Literal["weighted", "unweighted"], EXTENSION] = "weighted",
-    sparsify_1d: Annotated[bool, EXTENSION] = False,
+    rescale: bool | Literal["l1", "l2", "none"] = False,
+    scope: Annotated[Literal["tensor", "global"], EXTENSION] = "tensor",
+    sign_election: SignElection = "weighted",
+    sparsify_1d: Sparsify1d = False,
 ) -> Tensor:
     """Trims task vectors, elects a sign per element and averages the entries that agree.
 
-    Trim: the k = max(1, floor(density * n)) largest magnitudes of each tensor, exactly k, ties by
-    lowest index; density 1 or more keeps all, density 0 drops the expert. (The paper's own code
-    trims over the whole model at once; per tensor is what LLM merging uses.) Elect and merge as
-    in `elected_sum`; `normalize: false` is the paper's dis-sum. `rescale: l1` restores the L1
-    norm of each trimmed task vector. An exact tie of the votes elects +.
+    Trim: the k = max(1, floor(density * n)) largest magnitudes, exactly k, ties by lowest index; density 1 or more
+    keeps all, density 0 drops the expert. n counts each tensor (`scope: tensor`, what LLM merging uses) or the whole
+    model at once (`scope: global`, the paper's own code). Elect: the sign of sum_i w_i d_i (`unweighted`: of
+    sum_i d_i, the paper's) per element, + for an exact tie. Merge: the entries of that sign, added up and divided by
+    their weights; `normalize: false` is the paper's dis-sum. `rescale: l1` restores the L1 norm of each trimmed task
+    vector.
 
-    1-D tensors (norm gains, biases) are not trimmed unless `sparsify_1d`: the tail of so short a
-    vector matters. `compat: mergekit` trims them like every other tensor.
+    1-D tensors (norm gains, biases) are not trimmed, nor counted in the global scope, unless `sparsify_1d`: the tail
+    of so short a vector matters. `compat: mergekit` trims them like every other tensor.
     """
-    densities = check_densities(x, density, sparsify_1d)
-    norm = "l1" if rescale in (True, "l1") else "none"
-    return elected_sum(
+    return combine(
         x,
-        x.each(weight),
-        densities,
-        lambda i: trim(x, i, densities[i], norm),
-        lambda_=lambda_,
-        normalize=normalize,
-        weighted_election=sign_election == "weighted",
+        Stages(
+            x.each(weight),
+            sparsifiers(x, "magnitude", density, scope=scope, sparsify_1d=sparsify_1d),
+            rescale=rescale_name(x, rescale, of_true="l1"),
+            election=sign_election,
+            normalize=normalize,
+            lambda_=lambda_,
+        ),
     )

@@ -1,0 +1,210 @@
+"""Genes: the dimensions of a search space, what they set, and values that change over depth.
+
+A gene is a range of numbers, a range of whole numbers, or a list of choices. Of the unit interval, a whole number
+or a choice has a cell; encoding gives the cell's middle. On a linear scale and for choices, cells are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from evomerge._recipe_plan import evaluate
+
+DECIMALS = 4
+Natural = float | str  # a number (whole or not), a truth value, or a name
+_SAME = 1e-12  # far below the last decimal of a value, far above the rounding of a curve
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One dimension: its natural values, and where a search starts.
+
+    With `choices`, these are the values, and `low` and `high` their first and last place; with `whole`, the values
+    are the whole numbers from `low` to `high`.
+    """
+
+    name: str
+    low: float
+    high: float
+    start: Natural
+    log: bool = False
+    whole: bool = False
+    choices: tuple[Natural, ...] = ()
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        """The range that the unit interval stands for: each whole number has half a unit on either side."""
+        return (self.low - 0.5, self.high + 0.5) if self.whole else (self.low, self.high)
+
+    def natural(self, unit: float) -> Natural:
+        """Return the natural value at `unit` in [0, 1]; numbers are rounded, and inside the range."""
+        share = min(1.0, max(0.0, unit))
+        if self.choices:
+            return self.choices[min(len(self.choices) - 1, int(share * len(self.choices)))]
+        low, high = self._ends
+        value = low + share * (high - low)
+        if self.log:
+            value = math.exp(math.log(low) + share * math.log(high / low))
+        return self.clipped(value)
+
+    def clipped(self, value: float) -> float:
+        """Return a number rounded, then moved into the range.
+
+        To 4 decimals; to more where they are needed for 4 digits of a small value on a log scale, or for a thousand
+        steps in a narrow range.
+        """
+        if self.whole:
+            return min(int(self.high), max(int(self.low), math.floor(value + 0.5)))
+        size = min(self.high, max(self.low, value)) if self.log else self.high - self.low
+        decimals = max(DECIMALS, DECIMALS - 1 - math.floor(math.log10(size) + _SAME))  # 1.2 - 1.1 is 0.1
+        return min(self.high, max(self.low, round(value, decimals) + 0.0))
+
+    def unit(self, value: Natural) -> float:
+        """Return where `value` lies, in [0, 1]: the middle of its cell if it has one."""
+        if self.choices:
+            return (self._place(value) + 0.5) / len(self.choices)
+        number = float(value)
+        low, high = self._ends
+        if self.log and self.whole:
+            share = math.log(math.sqrt((number - 0.5) * (number + 0.5)) / low) / math.log(high / low)
+        elif self.log:
+            share = math.log(max(number, low) / low) / math.log(high / low)
+        else:
+            share = (number - low) / (high - low)
+        return min(1.0, max(0.0, share))
+
+    def holds(self, value: object) -> bool:
+        """True for a natural value of this gene."""
+        if self.choices:
+            return any(_equal(value, choice) for choice in self.choices)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not self.low <= value <= self.high:
+            return False
+        return not self.whole or float(value).is_integer()
+
+    @property
+    def expected(self) -> str:
+        """The natural values in words."""
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        return f"a {'whole ' if self.whole else ''}number from {self.low:g} to {self.high:g}"
+
+    @property
+    def domain(self) -> list[Natural] | tuple[float, float, bool]:
+        """What a study records: the choices, or (low, high, log), whole numbers as int."""
+        if self.choices:
+            return list(self.choices)
+        return (int(self.low), int(self.high), self.log) if self.whole else (self.low, self.high, self.log)
+
+    def snapped(self, value: Any) -> Natural | None:
+        """Return the natural value that equals `value` but for rounding, or None."""
+        if self.choices:
+            return next((choice for choice in self.choices if _equal(value, choice)), None)
+        if value is None or isinstance(value, str) or not math.isfinite(value):
+            return None
+        for candidate in (self.clipped(value), self.low, self.high):
+            if abs(candidate - value) <= _SAME:
+                return candidate
+        return None
+
+    def _place(self, value: Natural) -> int:
+        return next(i for i, choice in enumerate(self.choices) if _equal(value, choice))
+
+
+def _equal(one: object, other: object) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a gene sets: a parameter, and the one expert, layer group and component that it is for (None: all).
+
+    `point` counts the control points of a curve, or is 0 and 1 for a line's alpha and beta.
+    """
+
+    param: str
+    expert: int | None = None
+    group: int | None = None
+    component: int | None = None
+    point: int | None = None
+
+
+@dataclass(frozen=True)
+class Searched:
+    """How one parameter is searched: what it is split over, and whether its values form a curve over depth."""
+
+    param: str
+    experts: bool
+    groups: bool
+    components: bool
+    form: Literal["value", "curve", "line"] = "value"
+    points: int = 1
+
+
+# ------------------------------------------------------------------------------------- over depth
+
+
+def over_depth(form: str, values: Sequence[Any]) -> Any:
+    """Return the recipe's setting of a curve's or a line's genes: a gradient, or one number where it is flat."""
+    if form == "line":
+        alpha, beta = values
+        # 12 decimals: 0.1 + 0.2 reads 0.3 in a recipe.
+        values = (alpha, alpha if beta == 0 else round(alpha + beta, 12))
+    return values[0] if all(value == values[0] for value in values) else list(values)
+
+
+def from_depth(form: str, layers: Sequence[Any], points: int) -> list[float]:
+    """Return the genes' values that make a curve or line through a value per layer, as near as can be.
+
+    The inverse of `over_depth`: layer l of L has t = l / (L - 1), control point k of N lies at k / (N - 1). With
+    N <= L, control points are unique.
+    """
+    values = np.array([math.nan if value is None else float(value) for value in layers])
+    if not np.isfinite(values).all():
+        return [math.nan] * points
+    place = np.arange(len(values)) / (len(values) - 1) * (points - 1)
+    hats = np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(points)))
+    found = [float(value) for value in np.linalg.lstsq(hats, values)[0]]
+    return [found[0], found[1] - found[0]] if form == "line" else found
+
+
+def bends(setting: Any) -> bool:
+    """True if a setting, as plain data, changes over depth: it holds a list over the layers."""
+    if not isinstance(setting, (list, tuple)):
+        return False
+    return any(isinstance(item.get("value"), (list, tuple)) if isinstance(item, Mapping) else True for item in setting)
+
+
+def in_slice(setting: Any, first: int, past: int, n_layers: int) -> Any:
+    """Return what a whole-model setting, as plain data, is in one of the slices of `cut`: the same bits per layer.
+
+    The last slice also governs the tensors after the layers, for which t = 0. It has one layer, for which t = 1: a
+    gradient of two values gives each its own.
+    """
+    if not bends(setting):
+        return setting
+    if any(isinstance(item, Mapping) for item in setting):
+        return [{**item, "value": in_slice(item["value"], first, past, n_layers)} for item in setting]
+    gradient = tuple(float(value) for value in setting)
+    values = [evaluate(gradient, "", layer / (n_layers - 1) if n_layers > 1 else 1.0) for layer in range(first, past)]
+    if past == n_layers:
+        values.insert(0, evaluate(gradient, "", 0.0))
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def cut(first: int, past: int, n_layers: int) -> list[tuple[int, int]]:
+    """Return the fewest slices of these layers in which a list of one value per layer gives just these values.
+
+    In a slice of n layers, layer i reads the list at i / (n - 1) * (n - 1), which float64 does not always round to i.
+    """
+    found = []
+    end = past - 1 if past == n_layers else past
+    while first < end:
+        size = next(n for n in range(end - first, 0, -1) if all(i / max(1, n - 1) * (n - 1) == i for i in range(n)))
+        found.append((first, first + size))
+        first += size
+    return [*found, (end, past)] if end < past else found
