@@ -130,15 +130,17 @@ class Study:
         user |= {f"version.{key}": value for key, value in header.versions.items()}
         # One transaction: a study of ours always has its header, however its creation was interrupted.
         with storage_errors(url), storage.scoped_session() as session, session.begin():
-            if session.query(tables.StudyModel).filter_by(study_name=name).first() is not None:
-                raise StudyConflict(f"the database already holds a study named {name!r}")
             directions = [
                 tables.StudyDirectionModel(objective=i, direction=up if maximize else down)
                 for i, maximize in enumerate(header.objectives.values())
             ]
             row = tables.StudyModel(study_name=name, directions=directions)
             session.add(row)
-            session.flush()
+            try:
+                session.flush()
+            except sqlalchemy.exc.IntegrityError as error:
+                # The name is a unique key: asking for it first would leave a moment in which another process makes it.
+                raise StudyConflict(f"the database already holds a study named {name!r}") from error
             for table, attrs in (
                 (tables.StudyUserAttributeModel, user),
                 (tables.StudySystemAttributeModel, system),
