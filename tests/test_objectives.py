@@ -549,3 +549,18 @@ def test_folders_and_bytes_are_not_task_files(work: Path) -> None:
         assert make_objective(spec).check()
     assert "bytes.txt" in str(text_objective(files={"search": "bytes.txt"}).check()[0])
     assert "folder" in str(text_objective(files={"search": "folder"}).check()[0])
+
+
+@pytest.mark.parametrize("make", [lambda: objective("pick.yaml"), text_objective], ids=["lm_eval", "perplexity"])
+def test_parts_of_a_split_are_scored_alone_and_joined(work: Path, make: Any) -> None:
+    live, made = LiveModel("red"), make()
+    assert made.partial
+    whole = made.score(live, "search")
+    n = made.size("search")
+    assert n == len(whole.items)
+    parts = [made.score(live, "search", range(0, n, 2)), made.score(live, "search", range(1, n, 2))]
+    joined = np.empty_like(whole.items)
+    joined[0::2], joined[1::2] = parts[0].items, parts[1].items
+    assert np.allclose(joined, whole.items, rtol=1e-5)
+    again = made.aggregate(whole.items)
+    assert (again.value, again.stderr) == (whole.value, whole.stderr)

@@ -14,12 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateFailure
+from evomerge.methods import _fused
 from evomerge.methods._inputs import Inputs
+from evomerge.methods._stages import weighted_sum
+from evomerge.methods._sums import fixed_dot
 
 _CHUNK = 1 << 18  # elements worked on at a time
 
@@ -103,6 +107,11 @@ def gram(x: Inputs, axis: int | None = None) -> Tensor:
 def _gram(x: Inputs, axis: int | None) -> Tensor:
     k, (outer, _, inner) = len(x.experts), rows(x.experts[0], axis).shape
     result = torch.zeros((k, k, outer, inner), dtype=torch.float64, device=x.experts[0].device)
+    if outer == inner == 1:  # one vector: the compiled sums
+        points = x.experts if x.base is None else wide(x).deltas
+        for i, j in combinations_with_replacement(range(k), 2):
+            result[i, j] = result[j, i] = fixed_dot(points[i], points[j])
+        return result.cpu()
     for at, piece in pieces(x, axis):
         parts = [point.double() for point in (piece.wide_experts if piece.base is None else piece.deltas)]
         for i in range(k):
@@ -118,6 +127,12 @@ def combine(x: Inputs, chosen: Sequence[int], factors: Tensor, axis: int | None 
 
     `factors` is (len(chosen), outer, inner) in float64.
     """
+    if x.paper and factors.shape[1:] == (1, 1):  # whole tensors: one compiled pass
+        weights = dict(zip(chosen, factors.flatten().tolist(), strict=True))
+        if x.base is not None:
+            return weighted_sum(x, [weights.get(i, 0.0) for i in range(len(x.experts))])
+        if _fused.usable(x):
+            return _fused.blend(x, [x.experts[i] for i in weights], list(weights.values()))
     dtype, device = wide(x).dtype, x.experts[0].device
     scales = factors.to(device=device, dtype=dtype).unsqueeze(2)
 

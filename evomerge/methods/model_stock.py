@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import Inputs, method
-from evomerge.methods._geometry import Block, blockwise, gram, wide
+from evomerge.methods._geometry import combine, gram
 
 _ZERO_NORM = 1e-6  # mergekit's floor for a product of two norms
 _POLE = 1e-9  # rounding of the cosines must not turn the pole into a huge ratio
@@ -30,15 +30,8 @@ def model_stock(x: Inputs, *, filter_wise: bool = False) -> Tensor:
     t = _ratio(gram(x, axis), x.paper)
     if x.paper and not t.any():
         return x.reference
-    scale = (t / len(x.experts)).to(device=x.reference.device, dtype=wide(x).dtype).unsqueeze(1)
-
-    def step(at: Block, y: Inputs) -> Tensor:
-        total = y.delta(0)
-        for i in range(1, len(y.experts)):
-            total.add_(y.delta(i))
-        return total.mul_(scale[at[0], :, at[2]]).add_(y.wide_base)
-
-    return blockwise(x, step, axis)
+    k = len(x.experts)
+    return combine(x, range(k), (t / k).expand(k, *t.shape), axis)
 
 
 def _ratio(products: Tensor, paper: bool) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from evomerge.methods import Inputs, PerExpert, Range, method
+from evomerge.methods import Inputs, PerExpert, Range, _fused, method
 
 
 @method(
@@ -19,4 +19,6 @@ from evomerge.methods import Inputs, PerExpert, Range, method
 def passthrough(x: Inputs, *, scale: Annotated[PerExpert, Range(0.0, 2.0)] = 1.0) -> Tensor:
     """The one given tensor, times `scale`."""
     (factor,) = x.each(scale)
-    return x.experts[0] if factor == 1.0 else x.wide_experts[0] * factor
+    if factor == 1.0:
+        return x.experts[0]
+    return _fused.blend(x, x.experts, [factor]) if _fused.usable(x) else x.wide_experts[0] * factor

@@ -6,7 +6,7 @@ comparisons can be paired and intervals are honest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,12 +66,14 @@ class Objective(Protocol):
         maximize: whether larger is better.
         bounds: smallest and largest possible value, None where there is none.
         splits: those that exist, search first.
+        partial: whether a part of the items has a score of its own, so that a candidate can be scored in rungs.
     """
 
     name: str
     maximize: bool
     bounds: tuple[float | None, float | None]
     splits: tuple[str, ...]
+    partial: bool
 
     def check(self) -> list[Problem]:
         """What is wrong with the objective before any model is scored; empty when all is well."""
@@ -81,12 +83,23 @@ class Objective(Protocol):
         """Changes whenever the items, the prompts or the metric do."""
         ...
 
-    def score(self, live: LiveModel, split: str) -> Scores:
+    def size(self, split: str) -> int:
+        """The number of items of a split, which is the length of `Scores.items`."""
+        ...
+
+    def score(self, live: LiveModel, split: str, positions: Sequence[int] | None = None) -> Scores:
         """Score the live model on a split. Does not change the model.
+
+        Args:
+            positions: which items, ascending; None is all. Only all where the objective is not `partial`.
 
         Raises:
             CandidateFailure: this model cannot be scored (never for a bad objective).
         """
+        ...
+
+    def aggregate(self, items: np.ndarray) -> Scores:
+        """The score of items that `score` returned, from one call or joined from several; only where `partial`."""
         ...
 
 

@@ -33,7 +33,7 @@ def aggregated(name: str, aggregate: Aggregate, items: list[Any]) -> Scores:
     Raises:
         CandidateFailure: the items, or their aggregate, are not finite.
     """
-    array = _numbers(items)
+    array = numbers_of(items)
     if array is not None and not np.isfinite(array).all():
         raise CandidateFailure(f"{name}: an item is not finite", reason="scores")
     if array is not None and array.ndim == 1 and getattr(aggregate, "__name__", "") == "mean":
@@ -45,7 +45,8 @@ def aggregated(name: str, aggregate: Aggregate, items: list[Any]) -> Scores:
         return Scores(value, _stderr(aggregate, items, stored, numbers=array is not None), stored)
 
 
-def _numbers(items: list[Any]) -> np.ndarray | None:
+def numbers_of(items: list[Any]) -> np.ndarray | None:
+    """The items as (N,) or (N, m) float64, or None if they are texts."""
     try:
         array = np.asarray(items)
     except ValueError:  # items of unequal shapes

@@ -12,21 +12,24 @@ import logging
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
-from evomerge.objectives._aggregate import aggregated
+from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
 from evomerge.objectives._options import LmEvalOptions, read_options
 from evomerge.objectives._task_files import installed_task_file, is_installed, load_local_task
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from evomerge.model import LiveModel
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -118,11 +121,11 @@ class LmEvalObjective:
             problems.append(Problem(f"dummy answers cannot be aggregated to {self.metric}: {error!r:.300}", where))
         return problems
 
-    def _rehearse(self, task: Any) -> None:
+    def _rehearse(self, task: Any) -> list[Any]:
         """Build, answer and aggregate a few items, so that what cannot be scored is found before the search."""
         ids = self._ids("search", task)[:REHEARSED_ITEMS]
         if not ids:
-            return
+            return []
         ready = self._prepare(task, ids)
         for instance in ready.instances:
             answer = -1.0 - (instance.idx + instance.doc_id) % 3
@@ -132,17 +135,38 @@ class LmEvalObjective:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ready.task.aggregation()[self.metric](items)
+        return items
 
-    def score(self, live: LiveModel, split: str) -> Scores:
+    @cached_property
+    def partial(self) -> bool:
+        """Whether items are numbers: metrics of a whole corpus of texts (BLEU) have no parts."""
+        return numbers_of(self._rehearse(self._task("search"))) is not None
+
+    def size(self, split: str) -> int:
+        """The number of documents."""
+        return len(self._ids(split, self._task(split)))
+
+    def score(self, live: LiveModel, split: str, positions: Sequence[int] | None = None) -> Scores:
         """Score the live model on a split; items keep the order of the data set."""
         ready = self._ready(split, live)
+        if positions is not None:
+            docs = [ready.docs[i] for i in positions]
+            wanted = {doc_id for doc_id, _ in docs}
+            ready = _Split(ready.task, docs, [i for i in ready.instances if i.doc_id in wanted])
         for instance in ready.instances:
             instance.resps, instance.filtered_resps = [], {}
         live.forget_logits()
         _answer(_harness(live, self.options.batch_size), ready.instances)
         live.require_finite_logits()
-        items = self._items(ready)
-        return aggregated(f"{self.name}: {self.metric}", ready.task.aggregation()[self.metric], items)
+        return self._aggregated(self._items(ready), ready.task)
+
+    def aggregate(self, items: np.ndarray) -> Scores:
+        """lm-eval's aggregate of items that are numbers."""
+        rows = items.tolist() if items.ndim == 1 else [tuple(row) for row in items.tolist()]
+        return self._aggregated(rows, self._task("search"))
+
+    def _aggregated(self, items: list[Any], task: Any) -> Scores:
+        return aggregated(f"{self.name}: {self.metric}", task.aggregation()[self.metric], items)
 
     def _items(self, ready: _Split) -> list[Any]:
         """The metric's raw value for each document, from the answers in the instances."""

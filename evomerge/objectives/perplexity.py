@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class PerplexityObjective:
     """
 
     maximize = False
+    partial = True
     bounds: tuple[float | None, float | None] = (0.0, None)
 
     def __init__(self, spec: ObjectiveSpec) -> None:
@@ -78,25 +80,37 @@ class PerplexityObjective:
             whole.update(self.files[split].read_bytes())
         return whole.hexdigest()
 
-    def score(self, live: LiveModel, split: str) -> Scores:
+    def size(self, split: str) -> int:
+        """The number of documents."""
+        return len(self._documents(split))
+
+    def score(self, live: LiveModel, split: str, positions: Sequence[int] | None = None) -> Scores:
         """items: (N, 2) bits and bytes of each document."""
         if split not in self.files:
             raise ConfigError(f"objective {self.name} has no {split} split")
         documents = self._documents(split)
         if split not in self._windows:
             self._windows[split] = self._cut(documents, live)
+        chosen = range(len(documents)) if positions is None else positions
+        place = {document: i for i, document in enumerate(chosen)}
+        windows = [(place[document], ids) for document, ids in self._windows[split] if document in place]
         live.forget_logits()
-        bits = self._bits(live, self._windows[split], len(documents))
+        bits = self._bits(live, windows, len(chosen))
         live.require_finite_logits()
-        size = np.array([len(d.encode()) for d in documents], dtype=np.float64)
+        size = np.array([len(documents[i].encode()) for i in chosen], dtype=np.float64)
         if not np.isfinite(bits).all():
             raise CandidateFailure(f"{self.name}: non-finite likelihood", reason="scores")
+        return self.aggregate(np.stack([bits, size], axis=1))
+
+    def aggregate(self, items: np.ndarray) -> Scores:
+        """Bits over bytes, all documents together."""
+        bits, size = items.T
         value = bits.sum() / size.sum()
         # The ratio of two sums over documents: variance by linearisation (delta method).
         residual = bits - value * size
-        n = len(documents)
+        n = len(items)
         stderr = math.sqrt(residual.var(ddof=1) * n) / size.sum() if n > 1 else 0.0
-        return Scores(float(value), float(stderr), np.stack([bits, size], axis=1))
+        return Scores(float(value), float(stderr), items)
 
     def _documents(self, split: str) -> list[str]:
         text = Path(self.files[split]).read_text(encoding="utf-8")
