@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
      "space", "_space_form", "_space_genes", "_space_parts", "methods", "optimizers", "surrogate", "front", "testing",
-     "feasible"},
+     "feasible", "intervals"},
     {"weights", "family", "residency", "model", "objectives", "storage", "study"},
     {"worker", "pool", "search"},
     {"config", "evolve_file", "prepare", "rescore", "export", "card", "catalogue", "progress", "output", "commands",
