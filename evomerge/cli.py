@@ -35,7 +35,17 @@ Overrides = Annotated[
     list[str] | None, typer.Option("-o", "--override", help="key=value, as in -o budget.evaluations=20.")
 ]
 TaskCode = Annotated[
-    bool, typer.Option("--allow-task-code", help="Let local lm-eval task files run their own Python code.")
+    bool,
+    typer.Option(
+        "--allow-task-code",
+        help="Let local lm-eval task files and the functions of `python` objectives run their own code.",
+    ),
+]
+BenchmarkTests = Annotated[
+    bool,
+    typer.Option(
+        "--allow-benchmark-tests", help="Let objectives search on the split that a public benchmark is reported on."
+    ),
 ]
 Storage = Annotated[str | None, typer.Option(help="Database URL, instead of the study's own.")]
 StudyName = Annotated[str | None, typer.Option(help="The study's name in that database.")]
@@ -53,7 +63,11 @@ def _top(
 
 @app.command(epilog=_examples("evomerge check zoo/demo.yaml", "evomerge check study.yaml -o budget.hours=8 -f json"))
 def check(
-    study: StudyArg, override: Overrides = None, allow_task_code: TaskCode = False, fmt: Fmt = Format.table
+    study: StudyArg,
+    override: Overrides = None,
+    allow_task_code: TaskCode = False,
+    allow_benchmark_tests: BenchmarkTests = False,
+    fmt: Fmt = Format.table,
 ) -> None:
     """Find everything that is wrong with a study before it costs anything."""
     from evomerge.config import load_study_file
@@ -61,7 +75,9 @@ def check(
     from evomerge.study import Study
 
     overrides = tuple(override or ())
-    config = load_study_file(study, overrides, allow_task_code=allow_task_code)
+    config = load_study_file(
+        study, overrides, allow_task_code=allow_task_code, allow_benchmark_tests=allow_benchmark_tests
+    )
     prepared = prepare(config, overrides)
     if Study.exists(config.storage, config.name):
         Study.load(config.storage, config.name).require_identity(prepared.header.identity)
@@ -81,6 +97,7 @@ def search(
     inline: Inline = False,
     quiet: Verbose = False,
     allow_task_code: TaskCode = False,
+    allow_benchmark_tests: BenchmarkTests = False,
 ) -> None:
     """Search, or continue a search that was interrupted: the same command does both."""
     from evomerge.commands import run_search
@@ -90,7 +107,15 @@ def search(
     extra = [f"storage={storage}"] if storage else []
     extra += [f"name={study_name}"] if study_name else []
     overrides = (*(override or ()), *extra)
-    code = run_search(study, overrides, resume=resume, inline=inline, quiet=quiet, allow_task_code=allow_task_code)
+    code = run_search(
+        study,
+        overrides,
+        resume=resume,
+        inline=inline,
+        quiet=quiet,
+        allow_task_code=allow_task_code,
+        allow_benchmark_tests=allow_benchmark_tests,
+    )
     raise typer.Exit(code)
 
 
@@ -137,13 +162,22 @@ def eval_(
     split: Annotated[str, typer.Option(help="search, validation or test.")] = "search",
     override: Overrides = None,
     allow_task_code: TaskCode = False,
+    allow_benchmark_tests: BenchmarkTests = False,
     fmt: Fmt = Format.table,
 ) -> None:
     """Score one recipe or checkpoint on a study's objectives; nothing is recorded."""
     from evomerge.commands import evaluate
 
     overrides = tuple(override or ())
-    emit(evaluate(recipe, study, split, overrides, allow_task_code=allow_task_code), fmt)
+    rows = evaluate(
+        recipe,
+        study,
+        split,
+        overrides,
+        allow_task_code=allow_task_code,
+        allow_benchmark_tests=allow_benchmark_tests,
+    )
+    emit(rows, fmt)
 
 
 @app.command(epilog=_examples("evomerge merge recipe.yaml merged/", "evomerge merge mergekit.yml merged/ --shard-gb 2"))

@@ -52,9 +52,12 @@ def run_search(
     inline: bool,
     quiet: bool,
     allow_task_code: bool,
+    allow_benchmark_tests: bool = False,
 ) -> int:
     """Check, open or make the study, search, and return the exit code."""
-    config = load_study_file(path, overrides, allow_task_code=allow_task_code)
+    config = load_study_file(
+        path, overrides, allow_task_code=allow_task_code, allow_benchmark_tests=allow_benchmark_tests
+    )
     for note in config.notes:
         say(f"note: {note}")
     prepared = prepare(config, overrides)
@@ -68,7 +71,13 @@ def run_search(
     say(f"{'continuing' if existed else 'starting'} {config.name} ({len(done)} candidates done)")
     if inline:
         say("--inline: candidates run in this process; a crash in one ends the search (it can be continued)")
-    command = _resume_command(path, overrides, inline=inline, allow_task_code=allow_task_code)
+    command = _resume_command(
+        path,
+        overrides,
+        inline=inline,
+        allow_task_code=allow_task_code,
+        allow_benchmark_tests=allow_benchmark_tests,
+    )
     stop = threading.Event()
     try:
         with (
@@ -159,10 +168,18 @@ def front_rows(
 
 
 def evaluate(
-    recipe: str, study: str, split: str, overrides: tuple[str, ...], *, allow_task_code: bool
+    recipe: str,
+    study: str,
+    split: str,
+    overrides: tuple[str, ...],
+    *,
+    allow_task_code: bool,
+    allow_benchmark_tests: bool = False,
 ) -> list[dict[str, Any]]:
     """Score a recipe, or the checkpoint in a folder, in this process."""
-    config = load_study_file(study, overrides, allow_task_code=allow_task_code)
+    config = load_study_file(
+        study, overrides, allow_task_code=allow_task_code, allow_benchmark_tests=allow_benchmark_tests
+    )
     spec = worker_spec(config)
     if Path(recipe).is_dir():
         read = Recipe.build("passthrough", None, {recipe: {}})
@@ -338,12 +355,20 @@ def _counter(split: str) -> Callable[[int, int], None]:
     return count
 
 
-def _resume_command(path: str, overrides: tuple[str, ...], *, inline: bool, allow_task_code: bool) -> str:
+def _resume_command(
+    path: str,
+    overrides: tuple[str, ...],
+    *,
+    inline: bool,
+    allow_task_code: bool,
+    allow_benchmark_tests: bool = False,
+) -> str:
     """The command that continues, as a shell takes it; passwords in it are masked."""
     words = ["evomerge", "search", path]
     for override in overrides:
         words += ["-o", hide_passwords(override)]
     words += ["--inline"] * inline + ["--allow-task-code"] * allow_task_code
+    words += ["--allow-benchmark-tests"] * allow_benchmark_tests
     return shlex.join(words)
 
 

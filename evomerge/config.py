@@ -144,18 +144,31 @@ class StudyConfig:
         return f"{document.where(path)}: {key}" if key else document.where(path)
 
 
-def load_study_file(path: str, overrides: tuple[str, ...] = (), *, allow_task_code: bool = False) -> StudyConfig:
+def load_study_file(
+    path: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    allow_task_code: bool = False,
+    allow_benchmark_tests: bool = False,
+) -> StudyConfig:
     """Read and check a study file.
 
     Args:
         path: a study file, or a mergekit-evolve genome file.
         overrides: "key=value" with dots for nested keys; the value is YAML.
-        allow_task_code: lm-eval task files named by the study may run code.
+        allow_task_code: task files and functions named by the study may run code.
+        allow_benchmark_tests: objectives may search on the split that a public benchmark is reported on.
 
     Raises:
         ConfigError: with every problem that can be found without opening weights or tasks.
     """
-    return parse_study(read_text(path), path, overrides, allow_task_code=allow_task_code)
+    return parse_study(
+        read_text(path),
+        path,
+        overrides,
+        allow_task_code=allow_task_code,
+        allow_benchmark_tests=allow_benchmark_tests,
+    )
 
 
 def read_text(path: str | Path) -> str:
@@ -171,9 +184,16 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_study(
-    text: str, source: str, overrides: tuple[str, ...] = (), *, allow_task_code: bool = False
+    text: str,
+    source: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    allow_task_code: bool = False,
+    allow_benchmark_tests: bool = False,
 ) -> StudyConfig:
     """Like `load_study_file`, for text. `source` names it in messages."""
+    from evomerge.objective_entries import models_of, objective_specs
+
     document = load_yaml(text, source)
     data = document.data
     if not isinstance(data, dict):
@@ -191,7 +211,8 @@ def parse_study(
         parsed = _StudyFile.model_validate(data)
     except ValidationError as error:
         problems += _problems(error, document)
-    objectives = list(_objectives(data.get("objectives"), document, problems, allow_task_code))
+    shared = ObjectiveSpec("", "", {}, ".", allow_task_code, "", allow_benchmark_tests, models_of(data))
+    objectives = objective_specs(data.get("objectives"), document, shared, problems)
     space, space_source, space_document, space_path = _space(data.get("space"), document, problems)
     optimizer, options = _optimizer(data.get("optimizer"), document, problems)
     storage = _storage(data, document, problems)
@@ -292,43 +313,6 @@ def _close_keys(location: tuple[Any, ...]) -> str:
     owners: dict[str, type[BaseModel]] = {"budget": Budget, "workers": Workers}
     owner = owners.get(str(location[0]), _StudyFile) if len(location) > 1 else _StudyFile
     return f"known: {', '.join(owner.model_fields)}"
-
-
-def _objectives(entries: Any, document: Document, problems: list[Problem], allow_code: bool) -> Iterator[ObjectiveSpec]:
-    used: set[str] = set()
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        where = document.where(("objectives", index))
-        folder, default = ".", ""
-        if isinstance(entry, str):
-            path = Path(entry) if entry.endswith((".yaml", ".yml")) else shipped_file("objectives", entry)
-            if path is None or not path.is_file():
-                names = ", ".join(shipped_names("objectives"))
-                problems.append(Problem(f"no objective {entry!r}", where, hint=f"there are {names}"))
-                continue
-            folder, default = str(path.parent), path.stem
-            try:
-                entry = load_yaml(read_text(path), str(path)).data
-            except ConfigError as error:
-                problems += error.problems
-                continue
-            where = str(path)
-        if not isinstance(entry, dict):
-            problems.append(Problem("an objective is a name or a mapping", where))
-            continue
-        options = {k: v for k, v in entry.items() if k not in ("name", "kind", "description")}
-        name = entry.get("name", default or entry.get("task") or entry.get("kind"))
-        kind = entry.get("kind")
-        if kind not in registry.names("objectives"):
-            known = ", ".join(registry.names("objectives"))
-            problems.append(Problem(f"unknown objective kind {kind!r}", where, hint=f"known: {known}"))
-            continue
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-            problems.append(Problem(f"an objective's name must be a word, not {name!r}", where))
-            continue
-        if name in used:
-            problems.append(Problem(f"two objectives are called {name!r}", where, hint="set `name:`"))
-        used.add(name)
-        yield ObjectiveSpec(name, str(kind), options, folder, allow_code, where)
 
 
 def _space(

@@ -7,7 +7,7 @@ comparisons can be paired and intervals are honest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,10 +29,12 @@ class ObjectiveSpec:
     Attributes:
         name: column in the study; unique there.
         kind: file in evomerge/objectives.
-        options: the kind's own keys.
+        options: the kind's own keys; objectives under `of:` are specs themselves.
         folder: relative paths in `options` start here.
         where: file and line that named it, for messages.
         allow_code: the user passed the flag that lets task files run code of their own.
+        allow_benchmark_tests: the user passed the flag that lets a benchmark's test set be searched on.
+        models: label ("base" or an expert's) -> checkpoint folder, for objectives that look at single models.
     """
 
     name: str
@@ -41,6 +43,8 @@ class ObjectiveSpec:
     folder: str = "."
     allow_code: bool = False
     where: str = ""
+    allow_benchmark_tests: bool = False
+    models: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
