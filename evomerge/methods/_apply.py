@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evomerge import registry
 from evomerge.errors import RecipeError
+from evomerge.methods import _fused
 from evomerge.methods._core import Method
 from evomerge.methods._inputs import Family, Inputs, Target
 from evomerge.methods._tables import Tables
@@ -97,9 +98,13 @@ class Merge:
             return True
         into = Target(target)
         direct = target.is_contiguous() and target.device == donor.device
-        merged = self._merged(self._inputs(plan, base, experts, into if direct else None), plan)
+        x = self._inputs(plan, base, experts, into if direct else None)
+        merged = self._merged(x, plan)
         if merged is not target:
-            target.copy_(merged)
+            if direct and _fused.usable(x) and _fused.readable(merged) and _fused.readable(target):
+                _fused.blend(x, [merged], [1.0])  # the same bits, rounded once and checked on the way
+            else:
+                target.copy_(merged)
         return bool(torch.isfinite(target).all()) if into.finite is None else into.finite
 
     def _merged(self, x: Inputs, plan: TensorPlan) -> Tensor:
