@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
+from evomerge.fidelity import read_rungs
 from evomerge.objectives import ObjectiveSpec
 from evomerge.strict_yaml import Document, load_yaml
 
@@ -92,6 +93,7 @@ class _StudyFile(_Strict):
     workers: Annotated[int, Field(gt=0, le=1024)] | Workers = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     known_recipes: bool = True
+    fidelity: Annotated[tuple[float, ...] | None, BeforeValidator(read_rungs)] = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class StudyConfig:
         experts: name -> checkpoint folder, in order.
         space: the space's specification, and where it came from.
         optimizer: name and options; None leaves the choice to the number of objectives.
+        fidelity: rungs as the file gives them, empty for `off`; None leaves the choice to evomerge.
         notes: messages about keys that had no equivalent (mergekit-evolve files).
         document: the study file's data with their lines; `space_document` that of the space, where `space_path`
             is the space's place in it.
@@ -124,6 +127,7 @@ class StudyConfig:
     workers: Workers
     seed: int
     known_recipes: bool = True
+    fidelity: tuple[float, ...] | None = None
     notes: tuple[str, ...] = field(default=())
     document: Document = field(default_factory=lambda: Document({}), repr=False)
     space_document: Document = field(default_factory=lambda: Document({}), repr=False)
@@ -242,6 +246,7 @@ def parse_study(
         workers=workers,
         seed=parsed.seed,
         known_recipes=parsed.known_recipes,
+        fidelity=parsed.fidelity,
         notes=tuple(notes),
         document=document,
         space_document=space_document,

@@ -17,6 +17,7 @@ from evomerge.config import StudyConfig
 from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
 from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
+from evomerge.fidelity import RUNGS, WORTH_ITEMS, additive, share_text
 from evomerge.model import check_architecture, check_siblings
 from evomerge.objectives import Objective, make_objective
 from evomerge.optimizers import Goal, Optimizer, make
@@ -96,14 +97,19 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes", {})))
     fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
     known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
+    rungs, why_none = _rungs(config, objectives)
+    if why_none and config.fidelity:
+        hint = "set `fidelity: off`, or leave that objective out"
+        doubts.append(Problem(f"no candidate is stopped early: {why_none}", config.where("fidelity"), hint))
     return Prepared(
         config=config,
         space=space,
         objectives=tuple(objectives),
-        header=_header(config, overrides, opened, objectives, worker),
+        header=_header(config, overrides, opened, objectives, worker, rungs),
         known=tuple(known),
         worker=worker,
-        summary=_summary(config, opened, objectives, space, worker, len(known), changes),
+        summary=_summary(config, opened, objectives, space, worker, len(known), changes)
+        | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"},
         warnings=(*doubts, *(_placed(config, p) for p in warnings)),
     )
 
@@ -237,6 +243,20 @@ def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Obj
     return []
 
 
+def _rungs(config: StudyConfig, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], str]:
+    """The study's rungs, empty for none; and if the file did not say so, why there are none."""
+    if config.fidelity is not None and len(config.fidelity) < 2:
+        return (), ""
+    for o in objectives:
+        if not o.partial:
+            return (), f"{o.name} has no score for a part of its items, so nothing short of all shows who is beaten"
+        if not additive(lambda items, o=o: o.aggregate(items).value):  # type: ignore[misc]
+            return (), f"{o.name} is no mean of its items, so candidates cannot be compared item by item"
+        if config.fidelity is None and o.size("search") < WORTH_ITEMS:
+            return (), f"{o.name} has {o.size('search')} search items, fewer than {WORTH_ITEMS}"
+    return config.fidelity or RUNGS, ""
+
+
 def _storage_problems(config: StudyConfig) -> list[Problem]:
     """A SQLite file must be in a folder that can be made and written."""
     try:
@@ -261,6 +281,7 @@ def _header(
     opened: dict[str, Checkpoint],
     objectives: list[Objective],
     worker: WorkerSpec,
+    rungs: tuple[float, ...],
 ) -> Header:
     identity = {
         "base": config.base,
@@ -272,6 +293,9 @@ def _header(
         "seed": config.seed,
         "known_recipes": config.known_recipes,
     }
+    if config.fidelity is not None:
+        # What evomerge chose by itself is kept in the header, not compared: studies from before rungs open too.
+        identity["fidelity"] = list(config.fidelity)
     versions = {name: version(name) for name in LIBRARIES}
     versions["python"] = platform.python_version()
     study_file = {
@@ -282,7 +306,7 @@ def _header(
     }
     directions = {o.name: o.maximize for o in objectives}
     count = config.workers.local or config.workers.ray or 1
-    return Header(identity, directions, study_file, versions, worker.threads, count)
+    return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs))
 
 
 def _summary(

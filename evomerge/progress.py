@@ -40,7 +40,7 @@ class Progress:
         self._budget = budget
         self._known = known
         self._values: dict[int, np.ndarray] = {}
-        self._count = 0
+        self._count = self._stopped = 0
         self._rate: list[float] = []
         self._quiet = quiet
         self._live: Live | None = None
@@ -83,6 +83,7 @@ class Progress:
 
     def _take(self, event: Event) -> None:
         self._count += 1
+        self._stopped += event.stopped is not None
         if event.values is not None:
             self._values[event.number] = oriented(event.values, self._ups)
 
@@ -90,12 +91,16 @@ class Progress:
         parts = [f"{self._count}/{self._budget.evaluations or '-'}"]
         if event is not None:
             label = f" {event.label}" if event.label else ""
-            if event.values is None:
+            if event.stopped is not None:
+                shown = event.stopped
+            elif event.values is None:
                 shown = f"failed ({event.reason})"
             else:
                 shown = " ".join(f"{n}={v:.4f}" for n, v in zip(self._names, event.values, strict=True))
             twin = f" (as #{event.same_as})" if event.same_as is not None else ""
             parts.append(f"#{event.number}{label}: {shown}{twin}")
+        if self._stopped:
+            parts.append(f"{self._stopped} stopped")
         if self._values:
             best = np.max(list(self._values.values()), axis=0) * np.where(self._ups, 1.0, -1.0)
             parts.append("best " + " ".join(f"{v:.4f}" for v in best))

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from evomerge import faults
 from evomerge.errors import TooManyFailures
+from evomerge.fidelity import Rivals, Stopped
 from evomerge.objectives import Scores
 from evomerge.optimizers import Optimizer, Result
 from evomerge.pool import Pool
@@ -47,6 +48,7 @@ class Event:
     reason: str | None
     same_as: int | None
     elapsed_s: float
+    stopped: str | None = None
 
 
 @dataclass
@@ -106,17 +108,31 @@ class Search:
         self._labels: dict[int, str | None] = {}
         self._finished: dict[str, Candidate] = {}
         self._failures_in_a_row = 0
+        header = self.study.header
+        self._rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, self._items)
         candidates = self.study.candidates()
         self._count = len(candidates)
         ended = sorted((c for c in candidates if c.state != "running"), key=lambda c: c.arrival or 0)
         self._arrivals = len(ended)
         self._before_s = max((c.attrs.get("elapsed_s", 0.0) for c in ended), default=0.0)
         for candidate in ended:
-            self._finished.setdefault(candidate.fingerprint, candidate)
+            self._keep(candidate)
             self._tell(candidate)
         for candidate in candidates:
             if candidate.state == "running":
                 self._launch(candidate.number, candidate.label, candidate.recipe, candidate.params)
+
+    def _keep(self, candidate: Candidate) -> None:
+        """Remember the first candidate of each recipe; later ones have to beat those that were scored in full."""
+        if candidate.fingerprint not in self._finished:
+            self._finished[candidate.fingerprint] = candidate
+            if candidate.values is not None:
+                self._rivals.add(candidate.number, candidate.values)
+
+    def _items(self, number: int) -> list[np.ndarray]:
+        scores = self.study.scores(number, "search")
+        assert scores is not None
+        return [scores[name].items for name in self.study.header.objectives]
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._clock
@@ -165,7 +181,8 @@ class Search:
         if twin is not None:
             self._waiting.setdefault(twin, []).append(number)
             return
-        self._workers().submit(Job(number, recipe))
+        race = self._rivals.race(to_the_end=number < len(self.known))
+        self._workers().submit(Job(number, recipe, race=race))
 
     # ---------------------------------------------------------------- back
 
@@ -181,7 +198,7 @@ class Search:
                 "worker": result.worker,
                 "tables": {k: round(v, 6) for k, v in result.tables.items()},
             }
-            self._close(number, result.scores, attrs)
+            self._close(number, result.scores, attrs, result.stopped)
         else:
             self._close_failed(number, result.reason, result.message)
         done = self._finished[self._in_flight[number].fingerprint]
@@ -197,13 +214,28 @@ class Search:
             message = f"the same recipe as candidate {earlier.number}, which failed"
             self._close_failed(number, str(earlier.reason), message, earlier.number)
             return
+        same = {"same_as": earlier.number}
+        if earlier.state == "stopped":
+            estimates, stopped = self.study.partial_scores(earlier.number)
+            self._close(number, {"search": estimates}, same, stopped)
+            return
         scores = self.study.scores(earlier.number, "search")
         assert scores is not None
-        self._close(number, {"search": scores}, {"same_as": earlier.number})
+        self._close(number, {"search": scores}, same)
 
-    def _close(self, number: int, scores: Mapping[str, Mapping[str, Scores]], attrs: Mapping[str, object]) -> None:
+    def _close(
+        self,
+        number: int,
+        scores: Mapping[str, Mapping[str, Scores]],
+        attrs: Mapping[str, object],
+        stopped: Stopped | None = None,
+    ) -> None:
         elapsed = self._elapsed_s()
-        self.study.finish(number, scores, self._arrivals, {**attrs, "elapsed_s": round(elapsed, 3)})
+        rows = {**attrs, "elapsed_s": round(elapsed, 3)}
+        if stopped is not None:
+            self.study.stop(number, scores["search"], stopped, self._arrivals, rows)
+        else:
+            self.study.finish(number, scores, self._arrivals, rows)
         self._after_close(number, elapsed)
 
     def _close_failed(self, number: int, reason: str, message: str, same_as: int | None = None) -> None:
@@ -215,7 +247,7 @@ class Search:
         candidate = self.study.candidate(number)
         self._arrivals += 1
         self._points.pop(number, None)
-        self._finished.setdefault(candidate.fingerprint, candidate)
+        self._keep(candidate)
         self.on_event(
             Event(
                 number=number,
@@ -225,6 +257,7 @@ class Search:
                 reason=candidate.reason,
                 same_as=candidate.attrs.get("same_as", same_as),
                 elapsed_s=elapsed,
+                stopped=candidate.stopped,
             )
         )
         faults.point("telling")
@@ -236,16 +269,18 @@ class Search:
             )
 
     def _tell(self, candidate: Candidate) -> None:
-        failed = candidate.values is None
-        self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
+        self._failures_in_a_row = self._failures_in_a_row + 1 if candidate.state == "failed" else 0
+        # A stopped candidate counts with its estimate: leaving the beaten ones out would bias every ranking.
+        values, stderr = candidate.values, candidate.stderr
+        if candidate.state == "stopped":
+            values, stderr = candidate.estimate, candidate.estimate_stderr
         ups = list(self.study.header.objectives.values())
-        values = oriented(candidate.values, ups) if candidate.values is not None else None
         self.optimizer.tell(
             Result(
                 number=candidate.number,
                 x=self.space.encode(candidate.params) if candidate.params else None,
-                values=values,
-                stderr=np.array(candidate.stderr) if candidate.stderr is not None else None,
+                values=oriented(values, ups) if values is not None else None,
+                stderr=np.array(stderr) if stderr is not None else None,
             )
         )
 

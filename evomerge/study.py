@@ -1,8 +1,8 @@
 """The durable record of a search: an Optuna study in a relational database.
 
 Optuna's own tables hold everything, so optuna-dashboard and Optuna's plots work on it. A candidate is
-written twice, each time in one transaction: when it is proposed (RUNNING) and when it is finished. Per-item
-scores go into system attributes, packed into pieces below 60 KB, which every database can hold.
+written twice, each time in one transaction: when it is proposed (RUNNING) and when it is finished (COMPLETE),
+stopped early (PRUNED) or failed (FAIL). `_study_rows` says what the rows hold.
 """
 
 from __future__ import annotations
@@ -11,88 +11,46 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from evomerge._study_rows import (
+    ITEMS,
+    Candidate,
+    Header,
+    add_rows,
+    candidate_of,
+    distribution,
+    frame_row,
+    item_rows,
+    read_array,
+    read_rows,
+    read_stopped,
+    score_rows,
+    stopped_rows,
+)
 from evomerge.errors import StorageError, StudyConflict
+from evomerge.fidelity import Stopped
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
 from evomerge.space import Natural
-from evomerge.storage import (
-    LEASE,
-    Lease,
-    connect,
-    is_empty,
-    mask,
-    pack,
-    storage_errors,
-    unpack,
-)
+from evomerge.storage import LEASE, Lease, connect, is_empty, mask, storage_errors
 
 if TYPE_CHECKING:
     import pandas as pd
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-PIECE_CHARS = 59_000
 HEADER = "evomerge:header"
-ITEMS = "evomerge:items"
 
-
-@dataclass(frozen=True)
-class Header:
-    """What makes a study this study; compared when it is opened again.
-
-    Attributes:
-        identity: base, experts, weights' digests, space, objectives, optimizer, seed.
-        objectives: name -> whether larger is better, in order.
-        study_file: the YAML file's text and source, and the options it was read with.
-        versions: of the libraries that wrote it.
-        threads: per worker; re-scoring uses as many, since arithmetic may depend on it in the last bit.
-        workers: when the study was started; optimizers size their generations by it ever after.
-    """
-
-    identity: dict[str, Any]
-    objectives: dict[str, bool]
-    study_file: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    threads: int = 0
-    workers: int = 1
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row of the study. States: running, done, failed.
-
-    Attributes:
-        values: one per objective, in the objectives' own units; None unless done.
-        arrival: how many candidates had finished before this one; None while running.
-    """
-
-    number: int
-    state: str
-    label: str | None
-    fingerprint: str
-    params: dict[str, Natural] | None
-    values: tuple[float, ...] | None = None
-    stderr: tuple[float, ...] | None = None
-    arrival: int | None = None
-    reason: str | None = None
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe, read from its text at each call: a study of many candidates opens at once."""
-        return Recipe.from_yaml(self.attrs["recipe"], f"candidate {self.number}")
+__all__ = ["Candidate", "Header", "Study", "study_names"]
 
 
 class Study:
@@ -204,7 +162,7 @@ class Study:
             params: gene -> natural value; None for a recipe outside the space.
             domains: gene -> (low, high, log), ints for whole numbers, or the list of its choices.
         """
-        distributions = {name: _distribution(domain) for name, domain in domains.items()}
+        distributions = {name: distribution(domain) for name, domain in domains.items()}
         attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint}
         if label is not None:
             attrs["label"] = label
@@ -236,8 +194,25 @@ class Study:
         values = [search[name].value for name in self.header.objectives]
         if not np.isfinite(values).all():
             raise ValueError(f"candidate {number}: values must be finite, not {values}")
-        rows = {"arrival": arrival, **attrs, **_score_attrs(scores)}
-        return self._close(number, TrialState.COMPLETE, rows, _item_attrs(scores), values)
+        rows = {"arrival": arrival, **attrs, **score_rows(scores)}
+        return self._close(number, TrialState.COMPLETE, rows, item_rows(scores), values)
+
+    def stop(
+        self, number: int, scores: Mapping[str, Scores], stopped: Stopped, arrival: int, attrs: Mapping[str, Any]
+    ) -> bool:
+        """Record a candidate as stopped early, with its estimates and the items that were scored.
+
+        Args:
+            scores: objective -> estimate with its standard error, and the seen items.
+
+        Returns:
+            False if another writer finished it first; nothing is changed then.
+        """
+        estimates = [scores[name].value for name in self.header.objectives]
+        if not np.isfinite(estimates).all():
+            raise ValueError(f"candidate {number}: estimates must be finite, not {estimates}")
+        user, system = stopped_rows(scores, stopped)
+        return self._close(number, TrialState.PRUNED, {"arrival": arrival, **attrs, **user}, system, [])
 
     def fail(
         self, number: int, reason: str, message: str, arrival: int, attrs: Mapping[str, Any] | None = None
@@ -249,7 +224,7 @@ class Study:
     def add_scores(self, number: int, split: str, scores: Mapping[str, Scores]) -> bool:
         """Store a finished candidate's scores on a further split, once; False if they exist."""
         key = f"value.{split}.{next(iter(scores))}"
-        rows = _score_attrs({split: scores})
+        rows = score_rows({split: scores})
         with self._session() as session:
             trial = self._row(session, number)
             # Writing first takes the lock, so that of two writers the second sees the first's scores.
@@ -262,9 +237,9 @@ class Study:
             held = session.query(table).filter_by(trial_id=trial.trial_id, key=key).first()
             if held is not None:
                 return False
-            _add(session, table, trial.trial_id, rows)
-            _add(session, tables.TrialSystemAttributeModel, trial.trial_id,
-                 _item_attrs({split: scores}))  # fmt: skip
+            add_rows(session, table, trial.trial_id, rows)
+            add_rows(session, tables.TrialSystemAttributeModel, trial.trial_id,
+                 item_rows({split: scores}))  # fmt: skip
         return True
 
     def _close(
@@ -297,8 +272,8 @@ class Study:
                 session.add(
                     tables.TrialValueModel(trial_id=trial.trial_id, objective=index, value=stored, value_type=kind)
                 )
-            _add(session, tables.TrialUserAttributeModel, trial.trial_id, user)
-            _add(session, tables.TrialSystemAttributeModel, trial.trial_id, system)
+            add_rows(session, tables.TrialUserAttributeModel, trial.trial_id, user)
+            add_rows(session, tables.TrialSystemAttributeModel, trial.trial_id, system)
         return True
 
     # ---------------------------------------------------------------- reading
@@ -317,59 +292,32 @@ class Study:
 
     def scores(self, number: int, split: str) -> dict[str, Scores] | None:
         """A candidate's stored scores with their items, or None if that split was not scored."""
-        with self._session() as session:
-            trial = self._row(session, number)
-            user = _attrs(session, tables.TrialUserAttributeModel, trial.trial_id)
-            system = _attrs(session, tables.TrialSystemAttributeModel, trial.trial_id)
+        user, system = self._both_attrs(number)
         found = {}
         for name in self.header.objectives:
             if f"value.{split}.{name}" not in user:
                 return None
-            pieces: list[str] = []
-            while (key := f"{ITEMS}:{split}:{name}:{len(pieces):03d}") in system:
-                pieces.append(system[key])
             found[name] = Scores(
                 value=user[f"value.{split}.{name}"],
                 stderr=user[f"stderr.{split}.{name}"],
-                items=unpack("".join(pieces)),
+                items=read_array(system, f"{ITEMS}:{split}:{name}"),
             )
         return found
+
+    def partial_scores(self, number: int) -> tuple[dict[str, Scores], Stopped]:
+        """A stopped candidate's estimates and seen items by objective, and where and why it was stopped."""
+        user, system = self._both_attrs(number)
+        return read_stopped(list(self.header.objectives), user, system)
 
     def frame(self) -> pd.DataFrame:
         """All candidates as a pandas frame: number, state, label, values, standard errors, genes, attributes."""
         import pandas as pd
 
-        rows = []
         names = list(self.header.objectives)
-        for c in self.candidates():
-            row: dict[str, Any] = {"number": c.number, "state": c.state, "label": c.label}
-            row |= dict(zip(names, c.values or [float("nan")] * len(names), strict=True))
-            errors = c.stderr or [float("nan")] * len(names)
-            row |= {f"stderr.{n}": e for n, e in zip(names, errors, strict=True)}
-            row |= c.params or {}
-            row["reason"] = c.reason
-            for key in ("t_merge_s", "t_eval_s", "peak_bytes", "worker", "recipe_id", "same_as"):
-                row[key] = c.attrs.get(key)
-            rows.append(row)
-        return pd.DataFrame(rows)
+        return pd.DataFrame([frame_row(c, names) for c in self.candidates()])
 
     def _candidate(self, trial: optuna.trial.FrozenTrial) -> Candidate:
-        attrs = trial.user_attrs
-        state = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed"}.get(trial.state, "running")
-        done = state == "done"
-        names = self.header.objectives
-        return Candidate(
-            number=trial.number,
-            state=state,
-            label=attrs.get("label"),
-            fingerprint=attrs["recipe_id"],
-            params=dict(trial.params) or None,
-            values=tuple(trial.values) if done else None,
-            stderr=tuple(attrs[f"stderr.search.{n}"] for n in names) if done else None,
-            arrival=attrs.get("arrival"),
-            reason=attrs.get("reason"),
-            attrs=attrs,
-        )
+        return candidate_of(trial, list(self.header.objectives))
 
     def acquire(self) -> None:
         """Take the study for this process alone; see `Lease`.
@@ -382,6 +330,13 @@ class Study:
     def release(self) -> None:
         """Give the study back."""
         self.lease.release()
+
+    def _both_attrs(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A candidate's user and system attributes."""
+        with self._session() as session:
+            trial_id = self._row(session, number).trial_id
+            user = read_rows(session, tables.TrialUserAttributeModel, trial_id)
+            return user, read_rows(session, tables.TrialSystemAttributeModel, trial_id)
 
     @contextmanager
     def _session(self) -> Iterator[Any]:
@@ -400,44 +355,6 @@ class Study:
 def study_names(storage: RDBStorage) -> list[str]:
     """Names of all studies in the database, in order of creation."""
     return [s.study_name for s in storage.get_all_studies()]
-
-
-def _add(session: Any, table: Any, trial_id: int, rows: Mapping[str, Any]) -> None:
-    for key, value in rows.items():
-        session.add(table(trial_id=trial_id, key=key, value_json=json.dumps(value)))
-
-
-def _attrs(session: Any, table: Any, trial_id: int) -> dict[str, Any]:
-    rows = session.query(table).filter_by(trial_id=trial_id).all()
-    return {row.key: json.loads(row.value_json) for row in rows}
-
-
-def _score_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:
-    return {
-        f"{kind}.{split}.{name}": getattr(score, kind)
-        for split, by_name in scores.items()
-        for name, score in by_name.items()
-        for kind in ("value", "stderr")
-    }
-
-
-def _item_attrs(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
-    packed = {}
-    for split, by_name in scores.items():
-        for name, score in by_name.items():
-            text = pack(score.items)
-            for k, start in enumerate(range(0, max(1, len(text)), PIECE_CHARS)):
-                packed[f"{ITEMS}:{split}:{name}:{k:03d}"] = text[start : start + PIECE_CHARS]
-    return packed
-
-
-def _distribution(domain: Sequence[Natural] | tuple[float, float, bool]) -> BaseDistribution:
-    if isinstance(domain, list):
-        return CategoricalDistribution(domain)
-    low, high, log = domain
-    if isinstance(low, int) and isinstance(high, int):
-        return IntDistribution(low, high, log=bool(log))
-    return FloatDistribution(float(low), float(high), log=bool(log))
 
 
 def _short(value: Any) -> str:

@@ -6,16 +6,19 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from evomerge import faults
+from evomerge.fidelity import Race, Rival, Stopped, count_at, estimate, item_order, new_items
 from evomerge.methods import Tables
 from evomerge.model import LiveModel
 from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
+from evomerge.objectives._references import observe_references
 from evomerge.recipe import Recipe
 from evomerge.residency import Memory, settle
 from evomerge.weights import Checkpoint, Weights
@@ -48,11 +51,16 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """One model to score: a candidate's number and recipe, and the splits wanted."""
+    """One model to score: a candidate's number and recipe, and the splits wanted.
+
+    Attributes:
+        race: the rungs of the search split, and whom the candidate has to beat; None scores it at once.
+    """
 
     number: int
     recipe: Recipe
     splits: tuple[str, ...] = ("search",)
+    race: Race | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,12 @@ class Outcome:
     """What a worker found out about one job.
 
     Attributes:
-        scores: split -> objective -> Scores.
+        scores: split -> objective -> Scores; of a stopped candidate the estimates and the seen items.
         merge_s, eval_s: wall-clock seconds of merging and of scoring.
         peak_bytes: largest memory of the worker during the job (device memory on CUDA).
         worker: which process did it.
         tables: what the worker has computed from the models alone so far: bytes, budget, seconds, counts.
+        stopped: at which rung and by whom the candidate was beaten; None if it was scored in full.
     """
 
     number: int
@@ -74,6 +83,7 @@ class Outcome:
     peak_bytes: int
     worker: str
     tables: Mapping[str, float] = field(default_factory=dict)
+    stopped: Stopped | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,8 @@ class Worker:
         self.live = LiveModel(spec.base, device, dtype, Tables(spec.memory.tables_bytes))
         self.weights.load()  # after the live model, which must fit whatever the budgets say
         self.objectives: list[Objective] = [make_objective(o) for o in spec.objectives]
+        observe_references(self.objectives, self.live, self.weights)
+        self._sizes: dict[tuple[str, str], int] = {}
 
     def evaluate(self, job: Job) -> Outcome:
         """Merge the job's recipe into the live model and score it.
@@ -119,7 +131,11 @@ class Worker:
         self.live.install(job.recipe, self.weights)
         merged = time.perf_counter()
         scores: dict[str, dict[str, Scores]] = {}
+        stopped: Stopped | None = None
         for split in job.splits:
+            if split == "search" and job.race is not None:
+                scores[split], stopped = score_in_rungs(self.objectives, self.live, split, job.race, self._sizes)
+                continue
             scores[split] = {}
             for objective in self.objectives:
                 faults.point("scoring")
@@ -132,7 +148,67 @@ class Worker:
             peak_bytes=_peak_bytes(self.live.device),
             worker=f"{os.uname().nodename}:{os.getpid()}",
             tables=self.live.tables.report(),
+            stopped=stopped,
         )
+
+
+def score_in_rungs(
+    objectives: Sequence[Objective], live: LiveModel, split: str, race: Race, known_sizes: dict[tuple[str, str], int]
+) -> tuple[dict[str, Scores], Stopped | None]:
+    """Score the live model on growing parts of a split, until it is beaten or every item is scored.
+
+    Args:
+        known_sizes: (objective, split) -> number of items; filled here, since counting may read the data.
+
+    Returns:
+        Scores in the split's order and None; or estimates with the items seen, and where it was stopped.
+
+    Raises:
+        CandidateFailure: this model cannot be scored.
+    """
+    for objective in objectives:
+        if (objective.name, split) not in known_sizes:
+            known_sizes[objective.name, split] = objective.size(split)
+    sizes = [known_sizes[o.name, split] for o in objectives]
+    orders = [item_order(race.seed, o.name, n) for o, n in zip(objectives, sizes, strict=True)]
+    items: list[np.ndarray] = [np.empty(0)] * len(objectives)
+    for index, share in enumerate(race.rungs):
+        for j, objective in enumerate(objectives):
+            faults.point("scoring")
+            positions = new_items(orders[j], race.rungs, index)
+            if len(positions) == 0:
+                continue  # so few items that two rungs are the same
+            part = objective.score(live, split, positions.tolist()).items
+            if index == 0:
+                items[j] = np.full((sizes[j], *part.shape[1:]), np.nan)
+            items[j][positions] = part
+        if share < 1.0:
+            counts = [count_at(n, share) for n in sizes]
+            seen = [whole[order[:n]] for whole, order, n in zip(items, orders, counts, strict=True)]
+            rival = race.verdict(seen, sizes)
+            if rival is not None:
+                parts = {o.name: np.sort(order[:n]) for o, order, n in zip(objectives, orders, counts, strict=True)}
+                return _estimates(objectives, items, seen, rival), Stopped(share, rival.number, parts)
+    return {o.name: o.aggregate(whole) for o, whole in zip(objectives, items, strict=True)}, None
+
+
+def _estimates(
+    objectives: Sequence[Objective], items: Sequence[np.ndarray], seen: Sequence[np.ndarray], rival: Rival
+) -> dict[str, Scores]:
+    """What a stopped candidate would have scored, inside each objective's bounds, with the items seen."""
+    found = {}
+    for j, objective in enumerate(objectives):
+        whole = items[j]
+        part = whole[~np.isnan(whole.reshape(len(whole), -1)).any(axis=1)]
+        plain = objective.aggregate(part)
+        value, stderr = estimate(plain.value, plain.stderr, seen[j], rival, j, len(whole))
+        found[objective.name] = Scores(float(np.clip(value, *_limits(objective))), stderr, part)
+    return found
+
+
+def _limits(objective: Objective) -> tuple[float, float]:
+    low, high = objective.bounds
+    return -np.inf if low is None else low, np.inf if high is None else high
 
 
 def _reset_peak(device: torch.device) -> None:
