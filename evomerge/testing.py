@@ -1,4 +1,4 @@
-"""Contract tests that every merge method must pass; use them for your own in one line.
+"""Contract tests that every merge method and objective must pass; use them for your own in one line.
 
     from evomerge.testing import METHOD_CHECKS
 
@@ -6,7 +6,11 @@
     def test_my_method(check):
         check(my_method)
 
-Every check raises AssertionError with the method's name and what does not hold.
+    from evomerge.testing import check_objective
+
+    check_objective(make_objective(spec), LiveModel("models/base"), make_objective(spec))
+
+Every check raises AssertionError with the method's or objective's name and what does not hold.
 """
 
 from __future__ import annotations
@@ -19,13 +23,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evomerge import registry
 from evomerge.methods import Inputs, Method
+
+if TYPE_CHECKING:
+    from evomerge.model import LiveModel
+    from evomerge.objectives import Objective, Scores
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (5, 1), (1, 6), (6, 9), (2, 3, 4), (0,))
 
@@ -231,6 +240,51 @@ def check_processes(names: Iterable[str] | None = None, hash_seeds: Iterable[int
             raise AssertionError(f"other bits in another process: {', '.join(changed)}")
 
 
+def check_objective(objective: Objective, live: LiveModel, again: Objective) -> None:
+    """An objective scores a model on every split as its protocol says, twice alike, and in parts.
+
+    Args:
+        live: what to score; objectives that look at other models have observed these already.
+        again: another object of the same description, as another process would make it.
+    """
+    name = f"objective {objective.name}"
+    _hold(objective.check() == [], f"{name}: check() finds {objective.check()}")
+    _hold(objective.splits[:1] == ("search",), f"{name}: the first split is not search: {objective.splits}")
+    _hold(objective.fingerprint() == again.fingerprint(), f"{name}: the fingerprint differs between two objects")
+    low, high = objective.bounds
+    for split in objective.splits:
+        before = [p.detach().clone() for p in live.model.parameters()]
+        scores = objective.score(live, split)
+        same = all(torch.equal(a, b) for a, b in zip(before, live.model.parameters(), strict=True))
+        _hold(same, f"{name}: score() changes the model")
+        numbers = [scores.value, scores.stderr, *scores.items.ravel()]
+        _hold(bool(np.isfinite(numbers).all()) and scores.stderr >= 0, f"{name}: not finite on {split}")
+        _hold(low is None or scores.value >= low, f"{name}: {scores.value} is below the bound {low}")
+        _hold(high is None or scores.value <= high, f"{name}: {scores.value} is above the bound {high}")
+        _hold(len(scores.items) == objective.size(split), f"{name}: size({split!r}) is not the number of items")
+        if not getattr(objective, "measured", False):
+            repeated = objective.score(live, split)
+            _hold(np.array_equal(repeated.items, scores.items), f"{name}: does not repeat on {split}")
+        if objective.partial:
+            _check_parts(objective, live, split, scores, name)
+
+
+def _check_parts(objective: Objective, live: LiveModel, split: str, scores: Scores, name: str) -> None:
+    joined = np.empty_like(scores.items)
+    for start in (0, 1):
+        positions = range(start, len(joined), 2)
+        joined[start::2] = objective.score(live, split, positions).items
+    # Other rows share their batches: the last bits of a forward pass may differ.
+    _hold(np.allclose(joined, scores.items, rtol=1e-4, atol=1e-6), f"{name}: parts of {split} are not the whole")
+    whole = objective.aggregate(scores.items)
+    _hold((whole.value, whole.stderr) == (scores.value, scores.stderr), f"{name}: aggregate() is not what score() says")
+
+
+def _hold(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
 def _counts(method: Method) -> tuple[int, ...]:
     """Returns numbers of experts to try: the fewest, and three if the method takes them."""
     low, high = method.n_experts
@@ -246,5 +300,4 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _require(holds: bool, method: Method, message: str) -> None:
-    if not holds:
-        raise AssertionError(f"method {method.name}: {message}")
+    _hold(holds, f"method {method.name}: {message}")

@@ -71,6 +71,117 @@ class PerplexityOptions(_Options):
         return self
 
 
+class _PromptOptions(_Options):
+    """Items of JSON lines, one text of each being the prompt."""
+
+    file: Text | None = Field(None, description="a file of JSON lines, which is divided 60/20/20 into splits")
+    files: dict[Split, Text] | None = Field(
+        None, description="a mapping of search (and validation, test) to files of JSON lines"
+    )
+    prompt: Text = Field("prompt", description="the name of a column")
+    limit: Count | None = Field(None, description="a positive number of items per split")
+    batch_size: Count | None = Field(None, description="a positive number of prompts per forward pass")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.files is None):
+            raise ValueError("give `file:` (divided into splits by content) or `files:` (one for each split)")
+        if self.files is not None and "search" not in self.files:
+            raise ValueError("`files:` names no search file")
+        return self
+
+    @property
+    def source(self) -> str | dict[Split, str]:
+        """The file, or one per split."""
+        return self.file or self.files or {}
+
+
+class _ResponseOptions(_PromptOptions):
+    """Prompts that the model answers."""
+
+    until: Annotated[list[Text], Field(min_length=1)] = Field(["\n"], description="a list of texts that end a response")
+    max_tokens: Count = Field(64, description="the largest number of new tokens, 1 or more")
+    apply_chat_template: bool = Field(False, description="true or false")
+
+
+class ExactMatchOptions(_ResponseOptions):
+    """Options of kind `exact_match`; see `ExactMatchObjective`."""
+
+    answer: Text = Field("answer", description="the name of a column")
+    ignore_case: bool = Field(False, description="true or false")
+    ignore_punctuation: bool = Field(False, description="true or false")
+
+
+class ResponseLengthOptions(_ResponseOptions):
+    """Options of kind `response_length`; see `ResponseLengthObjective`."""
+
+    maximize: bool = Field(False, description="true or false")
+
+
+class EntropyOptions(_PromptOptions):
+    """Options of kind `entropy`; see `EntropyObjective`."""
+
+    max_tokens: Count = Field(1024, description="the largest number of tokens of a prompt, 1 or more")
+
+
+class AgreementOptions(_Options):
+    """Options of kind `agreement`; see `AgreementObjective`."""
+
+    prompts: Annotated[dict[Text, Text | dict[Split, Text]], Field(min_length=1)] = Field(
+        description="a mapping of experts to a file of JSON lines, or to one file for each split"
+    )
+    prompt: Text = Field("prompt", description="the name of a column")
+    limit: Count | None = Field(None, description="a positive number of prompts per expert and split")
+    max_tokens: Count = Field(64, description="the largest number of tokens of a prompt, 1 or more")
+    batch_size: Count | None = Field(None, description="a positive number of prompts per forward pass")
+    max_bytes: Count = Field(2_000_000_000, description="a positive number of bytes of memory")
+
+
+class SizeOptions(_Options):
+    """Options of kind `size`; see `SizeObjective`."""
+
+    count: Literal["parameters", "layers"] = Field("parameters", description="parameters or layers")
+
+
+class LatencyOptions(_Options):
+    """Options of kind `latency`; see `LatencyObjective`."""
+
+    prompt_tokens: Count = Field(32, description="a positive number of tokens")
+    new_tokens: Count = Field(32, description="a positive number of tokens")
+    batch_size: Count = Field(1, description="a positive number of sequences")
+    runs: Annotated[int, Field(ge=3)] = Field(5, description="a number of runs, 3 or more")
+
+
+class WeakestLinkOptions(_Options):
+    """Options of kind `weakest_link`; see `WeakestLinkObjective`."""
+
+    of: Annotated[tuple[Any, ...], Field(min_length=2)] = Field(description="a list of two or more objectives")
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="a positive number, in the unit of the scores"
+    )
+
+
+class NegativeFlipsOptions(_Options):
+    """Options of kind `negative_flips`; see `NegativeFlipsObjective`."""
+
+    of: Annotated[tuple[Any, ...], Field(min_length=1, max_length=1)] = Field(description="one objective")
+    reference: Text = Field(description="`base`, an expert's name or the path of a checkpoint")
+
+
+class PythonOptions(_Options):
+    """Options of kind `python`; see `PythonObjective`."""
+
+    file: Text = Field(description="the path of a Python file")
+    function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$", max_length=200)] = Field(
+        description="the name of a function in that file"
+    )
+    items: Text | dict[Split, Text] = Field(
+        description="a file of JSON lines, which is divided 60/20/20, or one file for each split"
+    )
+    limit: Count | None = Field(None, description="a positive number of items per split")
+    maximize: bool = Field(True, description="true or false")
+
+
 Model = TypeVar("Model", bound=_Options)
 
 
