@@ -7,19 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import registry
+from evomerge.gains import Report, signed
+from evomerge.intervals import interval
 from evomerge.methods import Method
 from evomerge.objectives import Scores
 from evomerge.study import Candidate, Study
 
-Z95 = 1.959964  # of the standard normal distribution
 
-
-def model_card(study: Study, candidate: Candidate, scores: Mapping[str, Mapping[str, Scores]], lost: list[str]) -> str:
+def model_card(
+    study: Study,
+    candidate: Candidate,
+    scores: Mapping[str, Mapping[str, Scores]],
+    lost: list[str],
+    gained: Report | None = None,
+    *,
+    by_hand: bool = False,
+) -> str:
     """Text of README.md.
 
     Args:
         scores: split -> objective -> Scores, for the splits that were scored.
         lost: what mergekit's form of the recipe cannot express.
+        gained: how the candidate compares with the best known recipe.
+        by_hand: a person named the candidate; no split chose it.
     """
     recipe = candidate.recipe
     parents = "\n".join(f"- {m}" for m in recipe.models)
@@ -52,12 +62,12 @@ A merge of language models, found by [evomerge](https://github.com/evomerge/evom
 
 ## Scores
 
-Means with 95 % intervals over items (normal approximation, value ± 1.96 standard errors).
+Values with 95 % intervals over items. {_methods(scores)}
 {_table(study, scores)}
-The *search* split drove the optimizer: its scores are optimistic. The *validation* split chose among the
-candidates of the front, by the mean over objectives, each scaled to its range over the front. The *test* split
+The *search* split drove the optimizer: its scores are optimistic. {_choice(scores, by_hand)} The *test* split
 influenced nothing, and was scored once for this candidate.
 
+{_gains(gained)}
 ## Recipe
 
 ```yaml
@@ -87,15 +97,65 @@ def _table(study: Study, scores: Mapping[str, Mapping[str, Scores]]) -> str:
     rule = "|---|---|" + "---|" * len(splits)
     rows = []
     for name, maximize in study.header.objectives.items():
-        cells = [interval(scores[s][name]) for s in splits]
+        cells = [str(interval(scores[s][name])) for s in splits]
         rows.append(f"| {name} | {'higher' if maximize else 'lower'} | " + " | ".join(cells) + " |")
     counts = ", ".join(f"{s} {len(next(iter(scores[s].values())).items)} items" for s in splits)
     return "\n".join(["", head, rule, *rows, "", f"Sizes (first objective): {counts}.", ""])
 
 
-def interval(score: Scores) -> str:
-    """ "0.612 ± 0.021": the value and the half-width of its 95 % interval."""
-    return f"{score.value:.4f} ± {Z95 * score.stderr:.4f}"
+def _choice(scores: Mapping[str, Mapping[str, Scores]], by_hand: bool) -> str:
+    """How the candidate came to be this one."""
+    if by_hand:
+        return "This candidate was named by hand: no split chose it."
+    if "validation" not in scores:
+        return "There is no validation split: the search split chose this candidate too."
+    return (
+        "The *validation* split chose among the candidates\nthat are statistically tied at the top of the search "
+        "split, by the mean over objectives, each scaled to its range over\nthe front."
+    )
+
+
+def _methods(scores: Mapping[str, Mapping[str, Scores]]) -> str:
+    """Which intervals are which."""
+    said = {
+        "wilson": "Wilson's interval for shares of right answers ({})",
+        "bootstrap": "bootstrap over items for other means and ratios ({})",
+        "normal": "value ± 1.96 standard errors for metrics of the whole split ({})",
+        "none": "none for single numbers ({})",
+    }
+    names: dict[str, list[str]] = {}
+    for name in next(iter(scores.values())):
+        method = interval(next(iter(scores.values()))[name]).method
+        names.setdefault(method, []).append(name)
+    text = "; ".join(said[method].format(", ".join(names[method])) for method in said if method in names)
+    return text[:1].upper() + text[1:] + "."
+
+
+def _gains(gained: Report | None) -> str:
+    """The section on what survived, or nothing."""
+    if gained is None:
+        return ""
+    head = "## Gain over the best known recipe\n\n"
+    if gained.is_baseline:
+        return f"{head}None: this candidate is the best known recipe on the search split, {gained.baseline.label}.\n"
+    splits = list(gained.rows[0].gains)
+    lines = [
+        "| objective | " + " | ".join(splits) + " | survived | optimism |",
+        "|---|" + "---|" * (len(splits) + 2),
+    ]
+    for row in gained.rows:
+        cells = [signed(row.gains[s]) for s in splits]
+        cells.append("-" if row.survived is None else f"{row.survived:.0%}")
+        cells.append("-" if row.optimism is None else f"{row.optimism:+.4f}")
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    table = "\n".join(lines)
+    return f"""{head}Lead over {gained.named_baseline}, the best of the recipes that need no search (best on the search
+split), on the same items, with 95 % paired bootstrap intervals; positive is better. *Survived* is the gain on test as a
+share of the gain on search, where that one is beyond its interval; *optimism* is how much better the
+search split made this model look than the test split does.
+
+{table}
+"""
 
 
 def _licences(paths: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ def front(
 
     The front is always that of the search split. A score on the test split is computed once and stored.
     """
-    from evomerge.commands import front_rows
+    from evomerge.results import front_rows
 
     if split not in ("search", "validation", "test"):
         raise typer.BadParameter(f"{split!r} is not search, validation or test", param_hint="--split")
@@ -213,7 +213,7 @@ def export(
     Without --candidate it is the winner: the front's best on the validation split, by the mean over objectives
     after each is scaled to its range over the front.
     """
-    from evomerge.commands import export_candidate
+    from evomerge.results import export_candidate
 
     record = open_record(study, storage, study_name)
     print(export_candidate(record, out, candidate, weights=weights, inline=inline, allow_task_code=allow_task_code))

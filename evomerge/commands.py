@@ -7,14 +7,13 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evomerge import registry
-from evomerge.card import interval, model_card
 from evomerge.catalogue import (
     details_text,
     method_details,
@@ -25,15 +24,17 @@ from evomerge.catalogue import (
 )
 from evomerge.config import load_study_file, read_text, shipped_file, shipped_names
 from evomerge.errors import ConfigError, Problem, StorageError
-from evomerge.export import check_recipe_models, merged_dtype, require_free
-from evomerge.export import export as write_export
+from evomerge.export import check_recipe_models, merged_dtype
 from evomerge.export import merge as write_merge
+from evomerge.fidelity import share_text
+from evomerge.gains import report
+from evomerge.intervals import interval
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
-from evomerge.rescore import front_of, score_split, splits_of, study_config, winner
+from evomerge.rescore import front_of, stored_winner
 from evomerge.residency import show_bytes
 from evomerge.search import Budget, Event, Search
 from evomerge.storage import connect, hide_passwords, mask, sqlite_file
@@ -120,10 +121,13 @@ def status_of(study: Study) -> dict[str, Any]:
     status: dict[str, Any] = {
         "study": study.name,
         "candidates": len(candidates),
-        **{state: states.get(state, 0) for state in ("done", "running", "failed")},
+        **{state: states.get(state, 0) for state in ("done", "stopped", "running", "failed")},
         "front": len(front_of(study, candidates)),
     }
     status["duplicates"] = sum("same_as" in c.attrs for c in candidates)
+    stops = Counter(share_text(c.attrs["share"]) for c in candidates if c.state == "stopped")
+    for share, count in sorted(stops.items()):
+        status[f"stopped at {share}"] = count
     for reason, count in reasons.items():
         status[f"failed: {reason}"] = count
     for index, (name, up) in enumerate(study.header.objectives.items()):
@@ -137,7 +141,22 @@ def status_of(study: Study) -> dict[str, Any]:
         latest = {c.attrs["worker"]: c.attrs["tables"] for c in done if c.attrs.get("tables")}
         if latest:
             status["tables"] = _tables(list(latest.values()))
-    return status
+    return status | _gains(study, candidates)
+
+
+def _gains(study: Study, candidates: list[Candidate]) -> dict[str, Any]:
+    """The winner and how much of its gain survived, as far as the stored scores say; nothing is scored."""
+    found = stored_winner(study, candidates)
+    if found is None:
+        waiting = "not known: tied candidates have no validation scores (`evomerge front --split test` makes them)"
+        return {"winner": waiting} if any(c.state == "done" for c in candidates) else {}
+    chosen, how = found
+    said: dict[str, Any] = {"winner": f"#{chosen.number}, {how}"}
+    gained = report(study, candidates, chosen)
+    if gained is not None and not gained.is_baseline:
+        said["best known recipe on search"] = gained.named_baseline
+        said |= {f"gain, {row.name}": str(row) for row in gained.rows}
+    return said
 
 
 def _tables(reports: list[dict[str, float]]) -> str:
@@ -146,25 +165,6 @@ def _tables(reports: list[dict[str, float]]) -> str:
     seconds, dropped = sum(r["seconds"] for r in reports), sum(r["dropped"] for r in reports)
     held, budget = show_bytes(fullest["bytes"]), show_bytes(fullest["budget_bytes"])
     return f"{held} of {budget} in the fullest worker; {seconds:.1f} s to make, {dropped:.0f} given up, all workers"
-
-
-def front_rows(
-    study: Study, split: str, *, everything: bool, inline: bool, allow_task_code: bool
-) -> list[dict[str, Any]]:
-    """One row per front point (or candidate): number, label, value and interval per objective."""
-    candidates = study.candidates()
-    chosen = [c for c in candidates if c.values] if everything else front_of(study, candidates)
-    config = study_config(study, allow_task_code=allow_task_code)
-    scores = score_split(study, config, chosen, split, inline=inline, on_score=_counter(split))
-    rows = []
-    for c in chosen:
-        row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
-        for name, score in scores[c.number].items():
-            row[name] = score.value
-            row[f"±{name}"] = 1.959964 * score.stderr
-        row["recipe"] = c.fingerprint[:12]
-        rows.append(row)
-    return rows
 
 
 def evaluate(
@@ -199,38 +199,13 @@ def evaluate(
     result = evaluate_safely(worker, Job(0, read, (split,)))
     if isinstance(result, Failed):
         raise ConfigError(f"the model cannot be scored ({result.reason}): {result.message}")
-    return [
-        {
-            "objective": name,
-            "split": split,
-            "value": score.value,
-            "stderr": score.stderr,
-            "items": len(score.items),
-            "shown": interval(score),
-        }
-        for name, score in result.scores[split].items()
-    ]
-
-
-def export_candidate(
-    study: Study, out: str, number: int | None, *, weights: bool, inline: bool, allow_task_code: bool
-) -> Path:
-    """Export one candidate; its choice is settled before its test score is looked at."""
-    require_free(out)
-    config = study_config(study, allow_task_code=allow_task_code)
-    candidates = study.candidates()
-    if number is None:
-        chosen, notes = winner(study, config, candidates, inline=inline)
-        for note in notes:
-            say(f"note: {note}")
-        say(f"candidate {chosen.number}: best of the front on the validation split")
-    else:
-        chosen = _numbered(study, candidates, number)
-    scores = {
-        split: score_split(study, config, [chosen], split, inline=inline)[chosen.number] for split in splits_of(config)
-    }
-    lost = chosen.recipe.to_mergekit()[1]
-    return write_export(out, chosen.recipe, model_card(study, chosen, scores, lost), weights=weights)
+    rows = []
+    for name, score in result.scores[split].items():
+        found = interval(score)
+        row = {"objective": name, "split": split, "value": score.value, "low": found.low, "high": found.high}
+        row |= {"stderr": score.stderr, "items": len(score.items), "method": found.method, "shown": str(found)}
+        rows.append(row)
+    return rows
 
 
 def catalogue(kind: str | None) -> list[dict[str, str]]:
@@ -341,20 +316,6 @@ def _warn(problem: Problem) -> None:
     say(f"warning: {problem}")
 
 
-def _counter(split: str) -> Callable[[int, int], None]:
-    """Says how far scoring is: on one line of a terminal, at every tenth model elsewhere."""
-
-    def count(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(
-                f"\r{split}: {done} of {total} scored", end="\n" if done == total else "", file=sys.stderr, flush=True
-            )
-        elif done % 10 == 0 or done == total:
-            say(f"{split}: {done} of {total} scored")
-
-    return count
-
-
 def _resume_command(
     path: str,
     overrides: tuple[str, ...],
@@ -372,15 +333,6 @@ def _resume_command(
     return shlex.join(words)
 
 
-def _numbered(study: Study, candidates: list[Candidate], number: int) -> Candidate:
-    if not 0 <= number < len(candidates):
-        raise ConfigError(f"the study {study.name!r} has no candidate {number}")
-    chosen = candidates[number]
-    if chosen.values is None:
-        raise ConfigError(f"candidate {number} has no scores: {chosen.reason or chosen.state}")
-    return chosen
-
-
 def _shipped_row(kind: str, folder: str, name: str) -> dict[str, str]:
     from evomerge.strict_yaml import load_yaml
 
@@ -393,7 +345,7 @@ def _shipped_row(kind: str, folder: str, name: str) -> dict[str, str]:
 
 def _as_event(c: Candidate) -> Event:
     elapsed = float(c.attrs.get("elapsed_s", 0.0))
-    return Event(c.number, c.label, c.values, c.stderr, c.reason, c.attrs.get("same_as"), elapsed)
+    return Event(c.number, c.label, c.values, c.stderr, c.reason, c.attrs.get("same_as"), elapsed, c.stopped)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Data on stdout in the format that was asked for: table, json, yaml or csv."""
+"""Data on stdout in the format that was asked for: table, json, yaml or csv.
+
+A value with an interval is one cell of a table, and three columns elsewhere: NAME, low.NAME and high.NAME.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Format(StrEnum):
 
 def emit(rows: Sequence[Mapping[str, Any]], fmt: Format) -> None:
     """Print rows that share their keys; missing values are empty."""
+    rows = [_spelled(row, fmt) for row in rows]
     columns = list(dict.fromkeys(k for row in rows for k in row))
     clean = [{k: _plain(row.get(k)) for k in columns} for row in rows]
     if fmt is Format.json:
@@ -63,6 +67,21 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         print("  ".join(str(c).ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
     for row in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def _spelled(row: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
+    """A row without intervals."""
+    from evomerge.intervals import Interval  # here, since the help needs no scipy
+
+    spelled: dict[str, Any] = {}
+    for key, value in row.items():
+        if not isinstance(value, Interval):
+            spelled[key] = value
+        elif fmt is Format.table:
+            spelled[key] = str(value)
+        else:
+            spelled |= {key: value.value, f"low.{key}": value.low, f"high.{key}": value.high}
+    return spelled
 
 
 def _cell(value: Any) -> str:

@@ -180,12 +180,18 @@ def test_a_study_from_search_to_export(work: Path, run: Run) -> None:
     assert json.loads(out)["done"] == 14
     code, out, _ = run("front", "runs/tiny", "-f", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert rows and {"candidate", "pick", "±pick", "text", "recipe"} <= set(rows[0])
+    assert rows and {"candidate", "pick", "low.pick", "high.text", "recipe"} <= set(rows[0])
+    assert all(float(r["low.text"]) < float(r["text"]) < float(r["high.text"]) for r in rows)
+    code, out, _ = run("front", "runs/tiny")
+    assert f"{float(rows[0]['pick']):.4f} [{float(rows[0]['low.pick']):.4f}, " in out and "low.pick" not in out
     code, out, _ = run("front", "runs/tiny", "--all", "-f", "yaml")
     assert len(yaml.safe_load(out)) == 14
     code, out, err = run("export", "runs/tiny", "best", "--inline")
     assert code == 0 and out.strip() == "best", err
-    assert "best of the front on the validation split" in err
+    assert "best of them on the validation split" in err and "statistically tied" in err
+    assert "best known recipe on search" in err
+    status = json.loads(run("status", "runs/tiny", "-f", "json")[1])
+    assert "the best on validation" in status["winner"]
     files = {p.name for p in Path("best").iterdir()}
     assert {"recipe.yaml", "mergekit_config.yml", "README.md", "model.safetensors", "config.json"} <= files
     assert {"tokenizer.json", "MANIFEST.sha256"} <= files
@@ -193,8 +199,9 @@ def test_a_study_from_search_to_export(work: Path, run: Run) -> None:
     card = (Path("best") / "README.md").read_text()
     assert (
         "base_model_relation: merge" in card
-        and "± " in card
         and "| objective | better | search | validation | test |" in card
+        and "Wilson's interval for shares of right answers (pick)" in card
+        and "## Gain over the best known recipe" in card
     )
     code, _, err = run("export", "runs/tiny", "best", "--inline")
     assert code == 2 and "exists already" in err
@@ -204,10 +211,18 @@ def test_a_study_from_search_to_export(work: Path, run: Run) -> None:
 
 def test_the_test_split_is_scored_once_and_then_shown(work: Path, run: Run) -> None:
     assert run("search", "study.yaml", "--inline", "-q")[0] == 0
-    _, first, _ = run("front", "runs/tiny", "--split", "test", "--inline", "-f", "json")
+    _, first, said = run("front", "runs/tiny", "--split", "test", "--inline", "-f", "json")
     shutil.move("items.test.jsonl", "gone")  # a second look cannot score anything
     _, second, err = run("front", "runs/tiny", "--split", "test", "--inline", "-f", "json")
     assert first == second, err
+    assert "the winner, best of them on the validation split" in err
+    gain = [line.strip() for line in err.splitlines() if "best known recipe" in line or line.startswith("  ")]
+    assert gain and set(gain) <= {line.strip() for line in said.splitlines()}
+    shown = json.loads(run("status", "runs/tiny", "-f", "json")[1])  # which scores nothing at all
+    for line in gain[1:]:
+        name, _, text = line.partition(": ")
+        assert text.startswith("search ") and " test " in text
+        assert shown[f"gain, {name}"] == text
     study = Study.load(URL, "tiny")
     number = json.loads(first)[0]["candidate"]
     stored = study.scores(number, "test")

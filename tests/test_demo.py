@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+from evomerge.intervals import interval
 from evomerge.model import LiveModel
-from evomerge.objectives.lm_eval import LmEvalObjective, _answer, _harness
+from evomerge.objectives.lm_eval import LmEvalObjective
 from evomerge.rescore import study_config
 from evomerge.study import Study
 from tests.conftest import ROOT
@@ -80,8 +81,10 @@ def test_lm_eval_itself_decides_the_same_item_by_item(winner: int, name: str) ->
     assert [s[metric] for s in samples] == stored[name].items.tolist()
     objective = LmEvalObjective(spec)
     live = LiveModel("best")
-    ready = objective._ready("search", live)
-    _answer(_harness(live, 128), ready.instances)
+    part = objective._part("search", None, live)
+    assert part.compiled is not None
+    part.answer(live)
+    ready = part.split
     theirs = [r[0] for s in samples for r in s["resps"]]
     ours = [i.resps[0] for i in ready.instances]
     if config["output_type"] == "generate_until":
@@ -105,7 +108,7 @@ def test_the_card_says_every_score_with_its_interval(winner: int) -> None:
         stored = study.scores(winner, split)
         assert stored is not None
         for score in stored.values():
-            assert f"{score.value:.4f} ± {1.959964 * score.stderr:.4f}" in card
+            assert str(interval(score)) in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model_relation"] == "merge" and "zoo/models/base" in head["base_model"]
     assert json.loads(Path("best/config.json").read_text())["dtype"] == "float32"

@@ -15,8 +15,8 @@ LAYERS = (
      "feasible", "fidelity", "intervals"},
     {"weights", "family", "residency", "model", "objectives", "storage", "study", "_study_rows"},
     {"worker", "pool", "search"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "export", "card", "catalogue", "progress",
-     "output", "commands", "cli", "__main__"},
+    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "gains", "results", "export", "card",
+     "catalogue", "progress", "output", "commands", "cli", "__main__"},
 )  # fmt: skip
 ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker
 

@@ -1,0 +1,129 @@
+"""The report of a study: gains over the best known recipe, on three splits, and what of them survives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evomerge.card import model_card
+from evomerge.gains import MEAN, best_known, report
+from evomerge.intervals import paired
+from evomerge.objectives import Scores, mean_scores
+from evomerge.recipe import Recipe
+from evomerge.study import Header, Study
+
+N = 300
+BYTES = 100.0
+
+
+def right(count: int) -> Scores:
+    return mean_scores((np.arange(N) < count).astype(float))
+
+
+def bits(per_byte: float) -> Scores:
+    """Bits per byte of N documents, a little spread."""
+    items = np.stack([per_byte * BYTES + np.arange(N) % 7 - 3, np.full(N, BYTES)], axis=1)
+    return Scores(float(items[:, 0].sum() / items[:, 1].sum()), 0.01, items)
+
+
+def study_of(
+    folder: Path, rows: Mapping[str, tuple[str | None, Mapping[str, tuple[int, float]]]], labels: bool = True
+) -> Study:
+    """Candidates by name: label, and per split how many answers are right and the bits per byte."""
+    identity = {"weights": {"base": "0" * 64}, "base": "base", "experts": {}, "seed": 0}
+    made = Study.create(f"sqlite:///{folder}/l.db", "s", Header(identity, {"acc": True, "bpb": False}))
+    for number, (label, splits) in enumerate(rows.values()):
+        weight = {"red": {"weight": 0.1 * number}}
+        made.propose(Recipe.build("task_arithmetic", "base", weight), None, {}, label if labels else None)
+        scores = {s: {"acc": right(a), "bpb": bits(b)} for s, (a, b) in splits.items()}
+        made.finish(number, {"search": scores["search"]}, number, {})
+        for split in [s for s in scores if s != "search"]:
+            made.add_scores(number, split, scores[split])
+    return made
+
+
+ROWS = {
+    "base": ("base", {"search": (100, 3.0), "test": (299, 0.1)}),
+    "soup": ("uniform soup", {"search": (150, 2.0), "validation": (150, 2.0), "test": (140, 2.1)}),
+    "winner": (None, {"search": (190, 1.8), "validation": (180, 1.8), "test": (160, 2.0)}),
+    "other": (None, {"search": (120, 1.7)}),
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return study_of(tmp_path, ROWS)
+
+
+def test_the_baseline_is_chosen_on_search_among_the_known_recipes(study: Study) -> None:
+    found = best_known(study, study.candidates())
+    assert found is not None and found.label == "uniform soup"  # the base is best on test: it must not matter
+
+
+def test_gains_optimism_and_what_survived(study: Study) -> None:
+    candidates = study.candidates()
+    found = report(study, candidates, candidates[2])
+    assert found is not None and not found.is_baseline
+    acc, bpb, mean = found.rows
+    assert [row.name for row in found.rows] == ["acc", "bpb", MEAN]
+    assert {s: g.value for s, g in acc.gains.items()} == pytest.approx(
+        {"search": 40 / N, "validation": 30 / N, "test": 20 / N}
+    )
+    assert acc.survived == pytest.approx(0.5) and acc.optimism == pytest.approx(30 / N)
+    # Fewer bits are better: a gain is positive, and so is the optimism of a search score that is too low.
+    assert bpb.gains["search"].value == pytest.approx(0.2) and bpb.gains["search"].low > 0
+    assert bpb.survived == pytest.approx(0.5) and bpb.optimism == pytest.approx(0.2)
+    # The front is the winner and the other: ranges 70 / N and 0.1.
+    assert mean.gains["test"].value == pytest.approx(0.5 * (20 / 70) + 0.5 * (0.1 / 0.1))
+    expected = paired(right(160), right(140))
+    assert (acc.gains["test"].low, acc.gains["test"].high) == (
+        pytest.approx(expected.low),
+        pytest.approx(expected.high),
+    )
+    text = "\n".join(found.lines())
+    assert "over the best known recipe on search, uniform soup (candidate 1)" in text
+    assert "search +0.1333 [" in text and "50% of the search gain survived" in text and "optimism +0.1000" in text
+
+
+def test_a_share_of_a_gain_that_may_be_none_is_not_told(tmp_path: Path) -> None:
+    tied = {"search": (152, 2.0), "test": (141, 2.1)}
+    study = study_of(tmp_path, {**ROWS, "winner": (None, tied)})
+    found = report(study, study.candidates(), study.candidate(2))
+    assert found is not None
+    assert found.rows[0].gains["search"].value > 0 and found.rows[0].survived is None
+    assert "survived" not in str(found.rows[0])
+
+
+def test_only_stored_splits_are_told(study: Study) -> None:
+    found = report(study, study.candidates(), study.candidate(3))
+    assert found is not None
+    assert list(found.rows[0].gains) == ["search"]
+    assert found.rows[0].survived is None and found.rows[0].optimism is None
+
+
+def test_the_best_known_recipe_gains_nothing_over_itself(study: Study) -> None:
+    found = report(study, study.candidates(), study.candidate(1))
+    assert found is not None and found.is_baseline
+    assert found.lines() == ["candidate 1 is itself the best known recipe on search: uniform soup"]
+
+
+def test_without_known_recipes_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    study = study_of(tmp_path, ROWS, labels=False)
+    assert report(study, study.candidates(), study.candidate(2)) is None
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_card_tells_the_gain(study: Study, number: int) -> None:
+    candidate = study.candidate(number)
+    scores = {s: study.scores(number, s) or {} for s in ("search", "validation", "test")}
+    found = report(study, study.candidates(), candidate)
+    card = model_card(study, candidate, scores, [], found)
+    assert "statistically tied at the top of the search" in card
+    if number == 1:
+        assert "this candidate is the best known recipe on the search split" in card
+    else:
+        assert "| acc | +0.1333 [" in card and "| 50% | +0.1000 |" in card
+    assert "was named by hand" in model_card(study, candidate, scores, [], found, by_hand=True)
