@@ -55,6 +55,9 @@ class Items:
         named = {"": source} if isinstance(source, str) else source
         self._files: dict[str, Path] = {str(split): resolve_path(spec, file) for split, file in named.items()}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Items:
+        return self  # nobody changes items, and lm-eval copies what a task's configuration holds
+
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that there are."""
