@@ -12,6 +12,7 @@ from torch import Tensor
 from evomerge.errors import CandidateFailure, ConfigError, NonFinite, Problem, WeightsError
 from evomerge.methods import Merge, Tables
 from evomerge.recipe import Recipe
+from evomerge.scoring import LONGEST_SHARED, Row, default_batch_tokens, make_batch
 from evomerge.weights import Checkpoint
 
 
@@ -136,6 +137,19 @@ class LiveModel:
         self._live = self._tensors_by_name()
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.model.register_forward_hook(self._watch_logits)
+        self._outputs: Tensor | None = None
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(self._pick_outputs)
+        self.batch_tokens = default_batch_tokens(self.device, self.model.config)
+        self.notes: list[str] = []
+        self.shareable = _shareable(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and of the forward pass."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @torch.no_grad()
     def install(self, recipe: Recipe, get: GetTensor) -> None:
@@ -161,6 +175,52 @@ class LiveModel:
         for plan in plans:
             if not merge.write(plan, self._live[plan.name]):
                 raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
+
+    def note(self, text: str) -> None:
+        """Keep something that people should know of how this model is scored, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @torch.no_grad()
+    def logits_at(
+        self,
+        outputs: Tensor,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        *,
+        keep_cache: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """One forward pass whose output layer runs at the asked-for places only.
+
+        Args:
+            outputs: (T,) flat places b * L + l, ascending.
+            ids: (B, L) tokens.
+            mask: (B, L) of what is a token, or (B, 1, L, L) added to the attention scores; None is plain causal.
+            positions: (B, L), None counts from 0.
+            cache: keys and values of the tokens before.
+
+        Returns:
+            (T, V) logits, and the cache with these tokens' keys and values (None without `keep_cache`).
+        """
+        extra = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        given = {k: v for k, v in extra.items() if v is not None}
+        self._outputs = outputs
+        try:
+            out = self.model(input_ids=ids, use_cache=keep_cache, **given)
+        finally:
+            self._outputs = None
+        logits: Tensor = out.logits
+        if logits.shape[:2] != (1, len(outputs)):  # this architecture does not call its output layer as a module
+            logits = logits.reshape(1, -1, logits.shape[-1])[:, outputs]
+        return logits[0], out.past_key_values if keep_cache else None
+
+    def _pick_outputs(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._outputs is None:
+            return None
+        hidden: Tensor = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self._outputs].unsqueeze(0), *args[1:])
 
     def forget_logits(self) -> None:
         """Start watching for non-finite logits anew."""
@@ -188,3 +248,33 @@ class LiveModel:
                 hint="architectures whose tensors are fused on loading (mixtures of experts) are not supported yet",
             )
         return live
+
+
+def _shareable(live: LiveModel) -> int:
+    """The longest row in which several continuations may share a context, 0 for none: found by trying one.
+
+    Architectures that ignore positions or masks of this form (ALiBi, recurrent layers, some attention kernels) give
+    other logits than separate rows. The error is measured against that of a row whose second continuation sees the
+    first. A mask of ours replaces that of a sliding window, so no row may be longer than the window.
+    """
+    vocabulary = int(live.model.get_input_embeddings().weight.shape[0])
+    tokens = tuple((7 * i + 3) % vocabulary for i in range(14))
+    context, first, second = tokens[:6], tokens[6:10], tokens[10:]
+    last = len(tokens) - 1
+    shared = Row(tokens, len(context), (len(context) + len(first),), ((last, 0, 0),))
+    alone = Row(context + second, len(context), (), ((len(context) + len(second) - 1, 0, 0),))
+    wrong = Row(tokens, len(context), (), ((last, 0, 0),))
+    found = []
+    for row in (shared, alone, wrong):
+        batch = make_batch([row], live.device, live.dtype)
+        try:
+            logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask, batch.positions)
+        except Exception:  # an attention that takes no mask of four dimensions raises whatever it likes
+            return 0
+        found.append(logits[0].double())
+    error, scale = float((found[0] - found[1]).abs().max()), float((found[2] - found[1]).abs().max())
+    if not error <= 0.05 * scale:
+        return 0
+    config = getattr(live.model.config, "text_config", live.model.config)
+    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    return min([LONGEST_SHARED, *(int(w) for w in windows if w)])

@@ -13,7 +13,7 @@ LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
      "space", "_space_form", "_space_genes", "_space_parts", "methods", "optimizers", "surrogate", "front", "testing",
      "feasible", "fidelity", "intervals"},
-    {"weights", "family", "residency", "model", "objectives", "storage", "study", "_study_rows"},
+    {"weights", "family", "residency", "model", "scoring", "decoding", "objectives", "storage", "study", "_study_rows"},
     {"worker", "pool", "search"},
     {"config", "objective_entries", "evolve_file", "prepare", "rescore", "gains", "results", "export", "card",
      "catalogue", "progress", "output", "commands", "cli", "__main__"},

@@ -64,9 +64,9 @@ def test_answers_that_are_right_count(work: Path) -> None:
     live = LiveModel("red")
     objective_ = objective("write.yaml", "exact_match")
     ready = objective_._ready("search", live)
-    from evomerge.objectives.lm_eval import _answer, _harness
+    from evomerge.objectives._compiled import answer_by_lm_eval
 
-    _answer(_harness(live, 5), ready.instances)
+    answer_by_lm_eval(live, ready.instances, 5)
     said = [i.resps[0] for i in ready.instances]
     for (_, doc), text in zip(ready.docs, said, strict=True):
         doc["answer"] = text

@@ -36,7 +36,7 @@ class LmEvalOptions(_Options):
         None, description="a positive number of items, or one for each of search, validation and test"
     )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="a number of examples, 0 or more")
-    batch_size: Count = Field(64, description="a positive number")
+    batch_size: Count | None = Field(None, description="a positive number of rows")
     apply_chat_template: bool = Field(False, description="true or false")
     fewshot_as_multiturn: bool = Field(False, description="true or false")
 
@@ -62,7 +62,7 @@ class PerplexityOptions(_Options):
     limit: Count | None = Field(None, description="a positive number of documents")
     # The first token of a window may be context only: with one token, every text would score 0.
     max_tokens: Annotated[int, Field(ge=2)] | None = Field(None, description="a number of tokens, 2 or more")
-    batch_size: Count = Field(16, description="a positive number")
+    batch_size: Count | None = Field(None, description="a positive number of rows")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -43,6 +43,30 @@ def load_local_task(path: Path, *, allow_code: bool) -> dict[str, Any]:
         raise ConfigError(f"{path}: `dataset_kwargs:` must be a mapping whose `data_files:` are file names") from None
 
 
+def installed_config(name: str, task: str) -> dict[str, Any]:
+    """The configuration of a task that lm-eval brings; its own functions are trusted as lm-eval is."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = installed_task_file(task)
+    if path is None:
+        entry = TaskManager().task_index.get(task)
+        if entry is None or entry.yaml_path is None:
+            raise ConfigError(
+                f"objective {name}: lm-eval has no task {task!r}",
+                hint="`lm-eval ls tasks` lists them; a task file of your own goes under `file:`",
+            )
+        path = Path(entry.yaml_path)
+    if not is_installed(path):
+        raise ConfigError(
+            f"objective {name}: {path} is not one of lm-eval's own task files", hint="put it under `file:`"
+        )
+    config: dict[str, Any] = load_yaml(path, resolve_func=True)
+    if not isinstance(config.get("task"), str):
+        raise ConfigError(f"objective {name}: {task} is a group; name one of its tasks")
+    return config
+
+
 def installed_task_file(name: str) -> Path | None:
     """The file of an installed lm-eval task that is named like its file, found without an index."""
     import lm_eval.tasks

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge import registry
@@ -23,9 +20,12 @@ from evomerge.errors import ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
 from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
+from evomerge.objectives._compiled import Compiled, answer_by_lm_eval, obstacle, quiet
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
 from evomerge.objectives._options import LmEvalOptions, read_options
-from evomerge.objectives._task_files import installed_task_file, is_installed, load_local_task
+from evomerge.objectives._task_files import installed_config, load_local_task
+from evomerge.objectives._vector_metrics import VectorMetric, vector_metric
+from evomerge.scoring import Likelihoods, backing_off
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,7 @@ HELD_OUT = ("validation", "test")
 DERIVED_SHARES = {"search": 0.6, "validation": 0.2, "test": 0.2}
 FEWSHOT_SEED = 1234  # lm-eval's own default
 REHEARSED_ITEMS = 50
+KNOWN_ANSWERS = 50_000  # texts whose metric is remembered
 
 
 @dataclass
@@ -47,6 +48,33 @@ class _Split:
     task: Any
     docs: list[tuple[int, Any]]
     instances: list[Any]
+    known: dict[tuple[int, tuple[str, ...]], Any] = field(default_factory=dict)  # item of a document's answers
+
+
+@dataclass
+class _Part:
+    """Some items of a split, ready to be scored.
+
+    Attributes:
+        batch_size: rows in a batch; None settles it by memory.
+        compiled: None where lm-eval answers the requests itself.
+        vector: the metric for all items at once, where there is such a form.
+        proved: `vector` has been found equal to lm-eval's own items.
+    """
+
+    split: _Split
+    batch_size: int | None
+    compiled: Compiled | None = None
+    vector: VectorMetric | None = None
+    proved: bool = False
+
+    def answer(self, live: LiveModel) -> Likelihoods | None:
+        for instance in self.split.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        if self.compiled is not None:
+            return self.compiled.answer(live)
+        answer_by_lm_eval(live, self.split.instances, self.batch_size)
+        return None
 
 
 class LmEvalObjective:
@@ -56,8 +84,9 @@ class LmEvalObjective:
     `metric` ("acc" or lm-eval's "acc,none"); `splits` (search, validation and test -> a split of the
     data set; if absent, splits of those names are used, and failing that the task's documents are
     divided 60/20/20 by the hash of their content); `limit` (items per split); `num_fewshot`;
-    `batch_size` (default 64); `apply_chat_template`; `fewshot_as_multiturn`. Few-shot examples of derived
-    splits are drawn from the search split; those of named splits must not be in validation or test.
+    `batch_size` (the most rows in a forward pass; default: as memory allows); `apply_chat_template`;
+    `fewshot_as_multiturn`. Few-shot examples of derived splits are drawn from the search split; those of
+    named splits must not be in validation or test.
 
     Raises:
         ConfigError: an unknown or ill-typed option.
@@ -70,6 +99,7 @@ class LmEvalObjective:
         self.metric, _, self._filter = self.options.metric.partition(",")
         self._config: dict[str, Any] | None = None
         self._prepared: dict[str, _Split] = {}
+        self._parts: dict[tuple[str, tuple[int, ...] | None], _Part] = {}
         self._datasets: Any = None
 
     @property
@@ -148,17 +178,45 @@ class LmEvalObjective:
 
     def score(self, live: LiveModel, split: str, positions: Sequence[int] | None = None) -> Scores:
         """Score the live model on a split; items keep the order of the data set."""
-        ready = self._ready(split, live)
-        if positions is not None:
-            docs = [ready.docs[i] for i in positions]
-            wanted = {doc_id for doc_id, _ in docs}
-            ready = _Split(ready.task, docs, [i for i in ready.instances if i.doc_id in wanted])
-        for instance in ready.instances:
-            instance.resps, instance.filtered_resps = [], {}
+        part = self._part(split, positions, live)
         live.forget_logits()
-        _answer(_harness(live, self.options.batch_size), ready.instances)
+        found = backing_off(live, lambda: part.answer(live))
         live.require_finite_logits()
-        return self._aggregated(self._items(ready), ready.task)
+        return self._aggregated(self._results(part, found), part.split.task)
+
+    def _results(self, part: _Part, found: Likelihoods | None) -> list[Any]:
+        """The items: all at once where the metric has such a form, and it has proved equal to lm-eval's own."""
+        if part.vector is None or found is None:
+            return self._items(part.split)
+        items: list[Any] = part.vector(found).tolist()
+        if not part.proved:
+            theirs = self._items(part.split)
+            if theirs != items:
+                part.vector = None
+                return theirs
+            part.proved = True
+        return items
+
+    def _part(self, split: str, positions: Sequence[int] | None, live: LiveModel) -> _Part:
+        """Some or all items of a split with their requests made ready, kept for the next candidates."""
+        key = (split, None if positions is None else tuple(positions))
+        if key not in self._parts:
+            ready = self._ready(split, live)
+            if positions is not None:
+                docs = [ready.docs[i] for i in positions]
+                wanted = {doc_id for doc_id, _ in docs}
+                ready = _Split(ready.task, docs, [i for i in ready.instances if i.doc_id in wanted])
+            part = _Part(ready, self.options.batch_size)
+            reason = obstacle(ready.instances, live)
+            if reason is None:
+                part.compiled = Compiled(ready.instances, live, self.options.batch_size)
+                part.vector = vector_metric(ready.task, ready.docs, part.compiled.likely, self.metric)
+            else:
+                live.note(f"objective {self.name} is answered by lm-eval itself: {reason}")
+            for line in part.compiled.notes if part.compiled is not None else ():
+                live.note(f"objective {self.name}, {split} split: {line}")
+            self._parts[key] = part
+        return self._parts[key]
 
     def aggregate(self, items: np.ndarray) -> Scores:
         """lm-eval's aggregate of items that are numbers."""
@@ -170,6 +228,8 @@ class LmEvalObjective:
 
     def _items(self, ready: _Split) -> list[Any]:
         """The metric's raw value for each document, from the answers in the instances."""
+        if len(ready.known) > KNOWN_ANSWERS:
+            ready.known.clear()
         ready.task._instances = ready.instances
         ready.task.apply_filters()
         by_doc: dict[int, list[Any]] = defaultdict(list)
@@ -181,13 +241,19 @@ class LmEvalObjective:
             raise self._error(f"no filter {chosen!r}", f"it has {', '.join(filters)}")
         items = []
         for doc_id, doc in ready.docs:
-            answers = sorted(by_doc[doc_id], key=lambda i: i.idx)
-            metrics = ready.task.process_results(doc, [a.filtered_resps[chosen] for a in answers])
+            answers = [a.filtered_resps[chosen] for a in sorted(by_doc[doc_id], key=lambda i: i.idx)]
+            known = (doc_id, tuple(answers)) if all(isinstance(a, str) for a in answers) else None
+            if known in ready.known:  # a text that another candidate gave
+                items.append(ready.known[known])
+                continue
+            metrics = ready.task.process_results(doc, answers)
             if self.metric not in metrics or self.metric not in ready.task.aggregation():
-                known = sorted(metrics.keys() & ready.task.aggregation().keys())
+                there = sorted(metrics.keys() & ready.task.aggregation().keys())
                 message = f"task {ready.task.config.task} has no metric {self.metric!r}"
-                raise self._error(message, f"it has {', '.join(known)}")
+                raise self._error(message, f"it has {', '.join(there)}")
             items.append(metrics[self.metric])
+            if known is not None:
+                ready.known[known] = items[-1]
         return items
 
     def _error(self, message: str, hint: str = "") -> ConfigError:
@@ -265,7 +331,7 @@ class LmEvalObjective:
         return task
 
     def _build(self, overrides: dict[str, Any]) -> Any:
-        _quiet()
+        quiet()
         from lm_eval.tasks import TaskManager
 
         config = self._configuration()
@@ -295,7 +361,7 @@ class LmEvalObjective:
                     raise ConfigError(f"objective {self.name}: no task file {path}")
                 self._config = load_local_task(path, allow_code=self.spec.allow_code)
             else:
-                self._config = _installed_config(self.name, str(self.options.task))
+                self._config = installed_config(self.name, str(self.options.task))
         return self._config
 
     def _check_splits(self, where: str) -> list[Problem]:
@@ -327,53 +393,6 @@ class LmEvalObjective:
         return problems + list(dict.fromkeys(found))
 
 
-def _installed_config(name: str, task: str) -> dict[str, Any]:
-    """The configuration of a task that lm-eval brings; its own functions are trusted as lm-eval is."""
-    _quiet()
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    path = installed_task_file(task)
-    if path is None:
-        entry = TaskManager().task_index.get(task)
-        if entry is None or entry.yaml_path is None:
-            raise ConfigError(
-                f"objective {name}: lm-eval has no task {task!r}",
-                hint="`lm-eval ls tasks` lists them; a task file of your own goes under `file:`",
-            )
-        path = Path(entry.yaml_path)
-    if not is_installed(path):
-        raise ConfigError(
-            f"objective {name}: {path} is not one of lm-eval's own task files", hint="put it under `file:`"
-        )
-    config: dict[str, Any] = load_yaml(path, resolve_func=True)
-    if not isinstance(config.get("task"), str):
-        raise ConfigError(f"objective {name}: {task} is a group; name one of its tasks")
-    return config
-
-
-def _harness(live: LiveModel, batch_size: int) -> Any:
-    """lm-eval's view of the live model. The batch size must be given: its default is 1."""
-    key = f"lm_eval:{batch_size}"
-    if key not in live.adapters:
-        _quiet()
-        from lm_eval.models.huggingface import HFLM
-
-        live.adapters[key] = HFLM(pretrained=live.model, tokenizer=live.tokenizer, batch_size=batch_size)
-    return live.adapters[key]
-
-
-def _answer(harness: Any, instances: list[Any]) -> None:
-    """Let the model answer every request, as lm-eval's evaluator does."""
-    by_type: dict[str, list[Any]] = defaultdict(list)
-    for instance in instances:
-        by_type[instance.request_type] += [instance] * instance.repeats
-    for request_type, requests in by_type.items():
-        answers = getattr(harness, request_type)(requests, disable_tqdm=True)
-        for answer, request in zip(answers, requests, strict=True):
-            request.resps.append(answer)
-
-
 def _chat_template(tokenizer: Any) -> Any:
     def apply(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text: str = tokenizer.apply_chat_template(
@@ -398,13 +417,6 @@ def _share(split: str) -> tuple[float, float]:
             return low, low + share if name != "test" else 1.0
         low += share
     raise ConfigError(f"unknown split {split!r}")
-
-
-def _quiet() -> None:
-    """lm-eval reports its progress at INFO and on tqdm bars; ours is elsewhere."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 registry.register("objectives", "lm_eval", LmEvalObjective)

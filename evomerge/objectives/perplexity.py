@@ -10,15 +10,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from evomerge import registry
 from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
 from evomerge.objectives._options import PerplexityOptions, read_options
+from evomerge.scoring import Plan, backing_off
 
 if TYPE_CHECKING:
     from evomerge.model import LiveModel
@@ -29,9 +29,9 @@ class PerplexityObjective:
 
     Options: `files` (search, validation and test -> a text file; documents are separated by blank lines),
     `limit` (documents per split), `max_tokens` (window; at least 2; default the model's context, at most 1024),
-    `batch_size` (windows per forward pass, default 16). A document longer than the window is cut into
-    windows that do not overlap; the first token of each is context only unless the tokenizer has a
-    beginning-of-sequence token, so every model is charged for the same bytes.
+    `batch_size` (the most windows in a forward pass; default: as memory allows). A document longer than
+    the window is cut into windows that do not overlap; the first token of each is context only unless the
+    tokenizer has a beginning-of-sequence token, so every model is charged for the same bytes.
 
     Raises:
         ConfigError: an unknown or ill-typed option.
@@ -46,7 +46,8 @@ class PerplexityObjective:
         self.name = spec.name
         self.options = read_options(PerplexityOptions, spec.options, f"objective {spec.name}")
         self.files: dict[str, Path] = {s: resolve_path(spec, f) for s, f in self.options.files.items()}
-        self._windows: dict[str, list[tuple[int, list[int]]]] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._plans: dict[tuple[str, tuple[int, ...] | None, int], Plan] = {}
 
     def check(self) -> list[Problem]:
         """Files exist, hold documents and share none."""
@@ -89,15 +90,13 @@ class PerplexityObjective:
         if split not in self.files:
             raise ConfigError(f"objective {self.name} has no {split} split")
         documents = self._documents(split)
-        if split not in self._windows:
-            self._windows[split] = self._cut(documents, live)
-        chosen = range(len(documents)) if positions is None else positions
-        place = {document: i for i, document in enumerate(chosen)}
-        windows = [(place[document], ids) for document, ids in self._windows[split] if document in place]
+        chosen = documents if positions is None else [documents[i] for i in positions]
         live.forget_logits()
-        bits = self._bits(live, windows, len(chosen))
+        nats = backing_off(live, lambda: self._planned(split, positions, live).run(live)).total
         live.require_finite_logits()
-        size = np.array([len(documents[i].encode()) for i in chosen], dtype=np.float64)
+        bits = np.zeros(len(chosen))
+        bits[: len(nats)] = -nats / math.log(2)
+        size = np.array([len(d.encode()) for d in chosen], dtype=np.float64)
         if not np.isfinite(bits).all():
             raise CandidateFailure(f"{self.name}: non-finite likelihood", reason="scores")
         return self.aggregate(np.stack([bits, size], axis=1))
@@ -113,44 +112,39 @@ class PerplexityObjective:
         return Scores(float(value), float(stderr), items)
 
     def _documents(self, split: str) -> list[str]:
-        text = Path(self.files[split]).read_text(encoding="utf-8")
-        documents = [d.strip() for d in text.split("\n\n") if d.strip()]
-        return documents[: self.options.limit]
+        if split not in self._texts:
+            text = Path(self.files[split]).read_text(encoding="utf-8")
+            documents = [d.strip() for d in text.split("\n\n") if d.strip()]
+            self._texts[split] = documents[: self.options.limit]
+        return self._texts[split]
 
-    def _cut(self, documents: list[str], live: LiveModel) -> list[tuple[int, list[int]]]:
-        """(document, token ids) windows, longest first so that a batch pads little."""
+    def _planned(self, split: str, positions: Sequence[int] | None, live: LiveModel) -> Plan:
+        """The documents' windows in batches, kept for the next candidates."""
+        key = (split, None if positions is None else tuple(positions), live.batch_tokens)
+        if key not in self._plans:
+            documents = self._documents(split)
+            chosen = range(len(documents)) if positions is None else positions
+            windows = [(i, w) for i, at in enumerate(chosen) for w in self._windows(documents[at], live)]
+            self._plans[key] = Plan(
+                [(window[:1], window[1:]) for _, window in windows],
+                owners=[i for i, _ in windows],
+                max_length=max((len(w) for _, w in windows), default=1),
+                batch_tokens=live.batch_tokens,
+                share=0,
+                max_rows=self.options.batch_size,
+            )
+        return self._plans[key]
+
+    def _windows(self, text: str, live: LiveModel) -> list[list[int]]:
+        """Token ids of each window; one of a single token has nothing to predict and is left out."""
         context = int(getattr(live.model.config, "max_position_embeddings", 1024))
         limit = self.options.max_tokens or min(context, 1024)
         bos = live.tokenizer.bos_token_id
         head = [bos] if bos is not None else []
-        windows = []
-        for index, text in enumerate(documents):
-            ids = live.tokenizer(text, add_special_tokens=False)["input_ids"]
-            step = max(1, limit - len(head))
-            windows += [(index, head + ids[i : i + step]) for i in range(0, len(ids), step)]
-        windows.sort(key=lambda w: (-len(w[1]), w[0]))
-        return windows
-
-    @torch.no_grad()
-    def _bits(self, live: LiveModel, windows: list[tuple[int, list[int]]], n: int) -> np.ndarray:
-        bits = np.zeros(n)
-        size = self.options.batch_size
-        for start in range(0, len(windows), size):
-            batch = windows[start : start + size]
-            width = len(batch[0][1])
-            ids = torch.zeros((len(batch), width), dtype=torch.long)
-            mask = torch.zeros((len(batch), width), dtype=torch.long)
-            for row, (_, tokens) in enumerate(batch):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                mask[row, : len(tokens)] = 1
-            ids, mask = ids.to(live.device), mask.to(live.device)
-            logits: Any = live.model(input_ids=ids, attention_mask=mask).logits
-            logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-            picked = logprobs.gather(2, ids[:, 1:, None])[:, :, 0] * mask[:, 1:]
-            totals = (-picked.double().sum(dim=1) / math.log(2)).cpu().numpy()
-            for (document, _), total in zip(batch, totals, strict=True):
-                bits[document] += total
-        return bits
+        ids = live.tokenizer(text, add_special_tokens=False)["input_ids"]
+        step = max(1, limit - len(head))
+        windows = [head + ids[i : i + step] for i in range(0, len(ids), step)]
+        return [window for window in windows if len(window) > 1]
 
 
 registry.register("objectives", "perplexity", PerplexityObjective)
