@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import gammaln, stdtr
 
 from evomerge.front import non_dominated
 
@@ -175,12 +175,12 @@ class Race:
             sizes: per objective, the number of items of the split.
         """
         level = RISK / max(1, (len(self.rungs) - 1) * len(self.rivals))
-        found = [(self._p_value(rival, items, sizes), -k, rival) for k, rival in enumerate(self.rivals)]
-        best = min(found, default=None, key=lambda f: f[:2])
-        return best[2] if best is not None and best[0] <= level else None
+        found = [(self._p_value(rival, items, sizes, level), rival) for rival in self.rivals]
+        p_value, best = min(found, default=(1.0, None), key=lambda f: f[0])
+        return best if p_value <= level else None
 
-    def _p_value(self, rival: Rival, items: Sequence[Array], sizes: Sequence[int]) -> float:
-        """Of the hypothesis that the candidate is not beaten by this rival: the largest over the objectives."""
+    def _p_value(self, rival: Rival, items: Sequence[Array], sizes: Sequence[int], level: float) -> float:
+        """Of the hypothesis that this rival does not beat the candidate: the largest over objectives; 1 above level."""
         largest = 0.0
         for j, (mine, size, up) in enumerate(zip(items, sizes, self.maximize, strict=True)):
             difference = differences(mine, rival, j)
@@ -190,6 +190,8 @@ class Race:
             if -gain.mean() < TINY * rival.spreads[j]:
                 return 1.0
             largest = max(largest, p_not_beaten(gain, size))
+            if largest > level:
+                return 1.0  # whatever the other objectives say
         return largest
 
 
@@ -217,7 +219,7 @@ def p_not_beaten(gain: Array, size: int) -> float:
         m, wins = len(moved), int((gain > 0.0).sum())
         most = m + size - n
         most -= most % 2 if most > m else 0  # of an odd number more than half are in its favour: a lighter tail
-        return float(stats.hypergeom.cdf(wins, most, -(-most // 2), m))
+        return _hypergeometric(wins, most, -(-most // 2), m)
     guarded = np.append(gain, 2.0 * moved.max())
     deviation = float(guarded.std(ddof=1))
     spread = float(gain.std(ddof=1))
@@ -226,7 +228,18 @@ def p_not_beaten(gain: Array, size: int) -> float:
     unseen = 1.0 - n / size
     if mean >= 0.0 or unseen <= 0.0:
         return 1.0 if mean >= 0.0 else 0.0
-    return float(stats.t.cdf(mean / (deviation * np.sqrt(unseen / n)), n - 1))
+    return float(stdtr(n - 1, mean / (deviation * np.sqrt(unseen / n))))
+
+
+def _hypergeometric(wins: int, total: int, good: int, drawn: int) -> float:
+    """Probability of at most `wins` good ones among `drawn` of `total`, of which `good` are good."""
+    k = np.arange(max(0, drawn - (total - good)), wins + 1)
+    ways = _log_choose(good, k) + _log_choose(total - good, drawn - k) - _log_choose(total, drawn)
+    return min(1.0, float(np.exp(ways).sum()))
+
+
+def _log_choose(n: Any, k: Any) -> Any:
+    return gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)
 
 
 def estimate(value: float, stderr: float, mine: Array, rival: Rival, objective: int, size: int) -> tuple[float, float]:

@@ -1,0 +1,372 @@
+"""Rungs on the demo zoo: is the best candidate ever discarded, and what is saved?
+
+    python benchmarks/fidelity.py                # both parts; the first run scores some hundred merges (minutes)
+    python benchmarks/fidelity.py --part safety
+    python benchmarks/fidelity.py --small        # seconds, on made-up items: does it run?
+
+All scores are real ones of the demo zoo (see _zoo_landscape.py), with the engine's own rule, order of items, rivals and
+estimates; only the database and the merging of a candidate are left out.
+
+* safety: full per-item scores of merges drawn from a grid of weights. Each replayed study resamples the items of every
+  task (with replacement), draws candidates, puts them in random order, and runs them through the rungs; none is a
+  known recipe, so all but the first can be stopped. The true winner is the one that is best when all candidates
+  are scored in full. The bound is the exact (Clopper-Pearson) upper end of the one-sided 95 % interval.
+* saving: whole searches with rungs and without, with the same seeds and numbers of candidates. A repeated recipe costs
+  nothing in either. The winner (best mean over objectives, each scaled to its range over the front, on the search
+  split) is scored on the test split; differences are paired by seed, with Student's 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from _zoo_landscape import LEVELS, Landscape, Point, grid_point  # noqa: E402
+
+TARGET_DISCARDED, TARGET_BOUND, TARGET_SAVING = 0.01, 0.02, 3.0
+# The known recipes that are task arithmetic: base, experts, uniform soup, three common scales.
+KNOWN = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1 / 3,) * 3, (0.5,) * 3, (0.75,) * 3, (1.0,) * 3)
+SETTINGS = {"one objective (mean of all items)": 1, "four objectives (one per task)": 4}
+
+
+class TableObjective:
+    """One objective whose "live model" is a grid point: items are looked up."""
+
+    maximize, partial, bounds, splits = True, True, (0.0, 1.0), ("search",)
+
+    def __init__(self, name: str, tasks: Sequence[int], table: Any) -> None:
+        self.name, self._tasks, self._table = name, list(tasks), table
+        self.used = 0
+
+    def size(self, split: str) -> int:
+        return int(self._table.items((0, 0, 0))[self._tasks].size)
+
+    def score(self, live: Any, split: str, positions: Sequence[int] | None = None) -> Any:
+        items = self._table.items(live)[self._tasks].astype(np.float64).ravel()
+        chosen = items if positions is None else items[list(positions)]
+        self.used += len(chosen)
+        return self.aggregate(chosen)
+
+    def aggregate(self, items: np.ndarray) -> Any:
+        from evomerge.objectives import mean_scores
+
+        return mean_scores(items)
+
+
+class MadeUp:
+    """A stand-in for the zoo's table, for --small: items by a random quadratic in the weights."""
+
+    def __init__(self, n: int = 64) -> None:
+        rng = np.random.default_rng(0)
+        self._peak, self._hardness = rng.uniform(0.2, 0.9, (4, 1, 3)), rng.normal(0.0, 0.4, (4, n))
+
+    def items(self, point: Point) -> np.ndarray:
+        distance = ((np.array(point) / (LEVELS - 1) - self._peak) ** 2).sum(axis=2)
+        return (0.5 - 2 * distance > self._hardness).astype(np.uint8)
+
+    def fill(self, count: int, say: Any) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, LEVELS, (count, 3))
+
+
+def objectives_of(count: int, table: Any) -> list[TableObjective]:
+    if count == 1:
+        return [TableObjective("zoo", range(4), table)]
+    return [TableObjective(name, [k], table) for k, name in enumerate(("math", "cipher", "latin", "cross"))]
+
+
+# ---------------------------------------------------------------- safety
+
+
+@dataclass
+class Safety:
+    """What happened in the replayed studies."""
+
+    setting: str
+    studies: int
+    candidates: int
+    discarded: int = 0
+    stopped: int = 0
+    front: int = 0
+    front_stopped: int = 0
+    used: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        from scipy.stats import beta
+
+        share = self.discarded / self.studies
+        bound = float(beta.ppf(0.95, self.discarded + 1, self.studies - self.discarded))
+        return vars(self) | {"share": share, "bound": bound, "items_used": self.used / self.studies}
+
+
+def safety(setting: str, full: np.ndarray, studies: int, candidates: int) -> Safety:
+    """Replay studies on full scores. full: (merges, objectives, items)."""
+    from evomerge.fidelity import RUNGS, Rivals, count_at, item_order
+
+    n_objectives, n = full.shape[1:]
+    found = Safety(setting, studies, candidates)
+    ups = {str(j): True for j in range(n_objectives)}
+    for study in range(studies):
+        rng = np.random.default_rng([7, study])
+        chosen = full[rng.choice(len(full), candidates, replace=False)]
+        data = np.stack([chosen[:, j, rng.integers(0, n, n)] for j in range(n_objectives)], axis=1).astype(np.float64)
+        orders = [item_order(study, name, n) for name in ups]
+        rivals = Rivals(study, RUNGS, ups, lambda number, data=data: list(data[number]))  # type: ignore[misc]
+        stopped = np.zeros(candidates, dtype=bool)
+        for number in range(candidates):
+            race = rivals.race(to_the_end=False)
+            assert race is not None
+            used = 1.0
+            for share in RUNGS[:-1]:
+                count = count_at(n, share)
+                seen = [data[number, j, order[:count]] for j, order in enumerate(orders)]
+                if race.verdict(seen, [n] * n_objectives) is not None:
+                    stopped[number], used = True, count / n
+                    break
+            if not stopped[number]:
+                rivals.add(number, data[number].mean(axis=1).tolist())
+            found.used += used / candidates
+        _judge(found, data.mean(axis=2), stopped)
+    return found
+
+
+def _judge(found: Safety, values: np.ndarray, stopped: np.ndarray) -> None:
+    """Count a study: is its true winner lost, and how much of its true front?"""
+    from evomerge.front import non_dominated
+
+    front = np.flatnonzero(non_dominated(values))
+    merit = _merit(values[front])
+    best = front[np.isclose(merit, merit.max())]  # candidates with equal scores are as good as each other
+    found.discarded += bool(stopped[best].all())
+    found.stopped += int(stopped.sum())
+    found.front += len(front)
+    found.front_stopped += int(stopped[front].sum())
+
+
+def _merit(values: np.ndarray) -> np.ndarray:
+    """Mean over objectives, each scaled to its range over these rows."""
+    spread = np.ptp(values, axis=0)
+    return np.asarray(((values - values.min(axis=0)) / np.where(spread > 0, spread, 1.0)).mean(axis=1))
+
+
+# ---------------------------------------------------------------- saving
+
+
+@dataclass
+class Run:
+    """One search: items used, the winner's grid point, and where candidates stopped."""
+
+    used: int
+    winner: Point
+    stopped: int
+    repeats: int
+
+
+def search(n_objectives: int, table: Any, seed: int, candidates: int, rungs: tuple[float, ...]) -> Run:
+    """The engine's loop without its database: ask, score in rungs, tell."""
+    from evomerge.fidelity import Rivals
+    from evomerge.front import non_dominated
+    from evomerge.optimizers import Goal, Result, make
+    from evomerge.worker import score_in_rungs
+
+    objectives = objectives_of(n_objectives, table)
+    goals = [Goal(o.name, 0.0, 1.0) for o in objectives]
+    optimizer = make("map" if n_objectives > 1 else "cma_es", 3, goals, seed, np.full(3, 0.25))
+    known = [grid_point(np.array(weights)) for weights in KNOWN]
+    items: dict[int, list[np.ndarray]] = {}
+    rivals = Rivals(seed, rungs, {o.name: True for o in objectives}, lambda number: items[number])
+    done: dict[Point, tuple[np.ndarray, np.ndarray, bool]] = {}
+    repeats = 0
+    for number in range(candidates):
+        point = known[number] if number < len(known) else grid_point(optimizer.ask(number) * 1.2)
+        repeats += point in done
+        if point not in done:
+            race = rivals.race(to_the_end=number < len(known))
+            assert race is not None
+            scores, stopped = score_in_rungs(objectives, point, "search", race, {})  # type: ignore[arg-type]
+            values = np.array([scores[o.name].value for o in objectives])
+            done[point] = values, np.array([scores[o.name].stderr for o in objectives]), stopped is not None
+            if stopped is None:
+                items[number] = [scores[o.name].items for o in objectives]
+                rivals.add(number, values.tolist())
+        values, stderr, _ = done[point]
+        optimizer.tell(Result(number, np.array(point) / (LEVELS - 1), values, stderr))
+    full = [p for p, (_, _, stopped) in done.items() if not stopped]
+    values = np.array([done[p][0] for p in full])
+    front = np.flatnonzero(non_dominated(values))
+    winner = full[front[int(np.argmax(_merit(values[front])))]]
+    return Run(sum(o.used for o in objectives), winner, len(done) - len(full), repeats)
+
+
+def saving(setting: str, n_objectives: int, table: Any, test: Any, seeds: int, candidates: int) -> dict[str, Any]:
+    """Both kinds of search over the seeds."""
+    from scipy.stats import t
+
+    from evomerge.fidelity import RUNGS
+
+    pairs = []
+    for seed in range(seeds):
+        say(f"{setting}: seed {seed} of {seeds}")
+        pairs.append([search(n_objectives, table, seed, candidates, rungs) for rungs in ((1.0,), RUNGS)])
+    scores = np.array([[test.items(run.winner).mean() for run in pair] for pair in pairs])
+    used = np.array([[run.used for run in pair] for pair in pairs])
+    change = scores[:, 1] - scores[:, 0]
+    half = float(t.ppf(0.975, seeds - 1) * change.std(ddof=1) / np.sqrt(seeds))
+    return {
+        "setting": setting,
+        "seeds": seeds,
+        "candidates": candidates,
+        "items_whole": float(used[:, 0].mean()),
+        "items_rungs": float(used[:, 1].mean()),
+        "saving": float(used[:, 0].sum() / used[:, 1].sum()),
+        "saving_range": [float(x) for x in np.percentile(used[:, 0] / used[:, 1], [0, 100])],
+        "test_whole": float(scores[:, 0].mean()),
+        "test_rungs": float(scores[:, 1].mean()),
+        "change": float(change.mean()),
+        "change_low": float(change.mean()) - half,
+        "change_high": float(change.mean()) + half,
+        "stopped": float(np.mean([pair[1].stopped for pair in pairs])),
+        "repeats": float(np.mean([[run.repeats for run in pair] for pair in pairs])),
+    }
+
+
+# ---------------------------------------------------------------- report
+
+
+def print_report(about: dict[str, Any], safe: list[Safety], saved: list[dict[str, Any]]) -> None:
+    """The tables in Markdown, and which targets are met."""
+    print(
+        f"{about['cpu']}, {about['cores']} cores; numpy {about['numpy']}, scipy {about['scipy']}. Items: "
+        f"{about['items']}. Rungs {about['rungs']}, risk {about['risk']:g}.\n"
+    )
+    if safe:
+        _table(SAFETY, [_safety_cells(s.row()) for s in safe])
+    if saved:
+        _table(SAVING, [_saving_cells(row) for row in saved])
+    if about["small"]:
+        print("\nMade-up items: the figures and the last column mean nothing.")
+
+
+SAFETY = ("safety", "studies x candidates", "true winner discarded", "upper 95 % bound", "stopped",
+          "front members stopped", "items used", "met")  # fmt: skip
+SAVING = ("saving", "seeds x candidates", "items, all scored", "items, rungs", "times fewer (range)", "stopped",
+          "test, all scored", "test, rungs", "paired difference", "met")  # fmt: skip
+
+
+def _safety_cells(row: dict[str, Any]) -> list[str]:
+    met = row["share"] <= TARGET_DISCARDED and row["bound"] < TARGET_BOUND
+    return [
+        row["setting"],
+        f"{row['studies']} x {row['candidates']}",
+        f"{row['discarded']} ({row['share']:.2%})",
+        f"{row['bound']:.2%}",
+        f"{row['stopped'] / row['studies'] / row['candidates']:.0%}",
+        f"{row['front_stopped']} of {row['front']}",
+        f"{row['items_used']:.0%}",
+        "yes" if met else "no",
+    ]
+
+
+def _saving_cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["saving_range"]
+    same = row["change_low"] <= 0.0 <= row["change_high"]
+    return [
+        row["setting"],
+        f"{row['seeds']} x {row['candidates']}",
+        f"{row['items_whole']:.0f}",
+        f"{row['items_rungs']:.0f}",
+        f"{row['saving']:.2f} ({low:.2f} to {high:.2f})",
+        f"{row['stopped']:.1f}",
+        f"{row['test_whole']:.4f}",
+        f"{row['test_rungs']:.4f}",
+        f"{row['change']:+.4f} [{row['change_low']:+.4f}, {row['change_high']:+.4f}]",
+        "yes" if same and row["saving"] >= TARGET_SAVING else "no",
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    for cells in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(cells)} |")
+    print()
+
+
+def main() -> None:
+    options = read_options()
+    from evomerge.fidelity import RISK, RUNGS, share_text
+
+    table: Any = MadeUp() if options.small else Landscape(options.table, "search")
+    test: Any = MadeUp() if options.small else Landscape(options.table, "test", options.test_items)
+    safe: list[Safety] = []
+    saved: list[dict[str, Any]] = []
+    if "safety" in options.part:
+        merges = max(options.merges, options.candidates)
+        points = table.fill(merges, say)
+        by_task = np.stack([table.items(tuple(p)) for p in points.tolist()])
+        for setting, count in SETTINGS.items():
+            say(f"safety, {setting} ...")
+            full = by_task.reshape(len(by_task), count, -1)
+            safe.append(safety(setting, full, options.studies, options.candidates))
+    if "saving" in options.part:
+        for setting, count in SETTINGS.items():
+            saved.append(saving(setting, count, table, test, options.seeds, options.candidates))
+        if not options.small:
+            table.save()
+            test.save()
+    import scipy
+
+    about = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "items": " x ".join(map(str, table.items((0, 0, 0)).shape)),
+        "rungs": ", ".join(map(share_text, RUNGS)),
+        "risk": RISK,
+        "small": options.small,
+    }
+    if options.json:
+        print(json.dumps({"run": about, "safety": [s.row() for s in safe], "saving": saved}, indent=2))
+    else:
+        print_report(about, safe, saved)
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=("safety", "saving"), default=["safety", "saving"])
+    parser.add_argument("--studies", type=int, default=2000, help="to replay")
+    parser.add_argument("--merges", type=int, default=200, help="scored in full, to draw candidates from")
+    parser.add_argument("--candidates", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--test-items", type=int, default=1000, help="per task")
+    parser.add_argument("--table", type=Path, default=ROOT / "runs" / "fidelity-zoo", help="where scores are kept")
+    parser.add_argument("--small", action="store_true", help="made-up items: only shows that everything runs")
+    parser.add_argument("--json", action="store_true", help="print JSON, not tables")
+    return parser.parse_args()
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown CPU"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
