@@ -201,7 +201,7 @@ def merge(
 def export(
     study: Where,
     out: Annotated[str, typer.Argument(help="Folder to make.")],
-    candidate: Annotated[int | None, typer.Option(help="Its number; default: the front's best on validation.")] = None,
+    candidate: Annotated[int | None, typer.Option(help="Its number; default: the winner.")] = None,
     weights: Annotated[bool, typer.Option(help="Write the checkpoint too.")] = True,
     storage: Storage = None,
     study_name: StudyName = None,
@@ -210,8 +210,8 @@ def export(
 ) -> None:
     """Write a candidate for others: checkpoint, recipe in both forms, model card with scores per split.
 
-    Without --candidate it is the winner: the front's best on the validation split, by the mean over objectives
-    after each is scaled to its range over the front.
+    Without --candidate it is the winner: of the candidates that are statistically tied at the top of the search split,
+    the best on validation, by the mean over objectives after each is scaled to its range over the front.
     """
     from evomerge.results import export_candidate
 
