@@ -1,7 +1,7 @@
-"""The demo zoo as a table: which items a merge gets right, for every merge on a grid of weights, kept once computed.
+"""The demo zoo as a table: which items a merge gets right, for merges on a grid of weights, kept once computed.
 
-A search in a benchmark needs thousands of scores of the same merges. The weights of task arithmetic are rounded to a
-grid here, and each grid point is merged and scored once, with the zoo's own plain scorer.
+A search in a benchmark needs thousands of scores, of which a table gives the nearest. Each entry is a real merge,
+scored once with the zoo's own plain scorer.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ class Landscape:
             if len(self._table) % SAVE_EVERY == 0:
                 self.save()
         return self._table[point]
+
+    def nearest(self, weights: np.ndarray) -> Point:
+        """The scored merge that is nearest to weights `(experts,)`."""
+        points = np.array(sorted(self._table))
+        found: Point = tuple(points[int(((points * STEP - weights) ** 2).sum(axis=1).argmin())].tolist())
+        return found
 
     def save(self) -> None:
         """Keep the table, all of it or none."""

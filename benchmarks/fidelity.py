@@ -11,9 +11,10 @@ estimates; only the database and the merging of a candidate are left out.
   task (with replacement), draws candidates, puts them in random order, and runs them through the rungs; none is a
   known recipe, so all but the first can be stopped. The true winner is the one that is best when all candidates
   are scored in full. The bound is the exact (Clopper-Pearson) upper end of the one-sided 95 % interval.
-* saving: whole searches with rungs and without, with the same seeds and numbers of candidates. A repeated recipe costs
-  nothing in either. The winner (best mean over objectives, each scaled to its range over the front, on the search
-  split) is scored on the test split; differences are paired by seed, with Student's 95 % interval.
+* saving: whole searches with rungs and without, with the same seeds and numbers of candidates. A proposal has the
+  scores of the nearest merge in the table; two that share one are scored twice, as two recipes would be. The winner
+  (best mean over objectives, each scaled to its range over the front, on the search split) is scored on the test
+  split; differences are paired by seed, with Student's 95 % interval.
 """
 
 from __future__ import annotations
@@ -38,16 +39,25 @@ from _zoo_landscape import LEVELS, Landscape, Point, grid_point  # noqa: E402
 TARGET_DISCARDED, TARGET_BOUND, TARGET_SAVING = 0.01, 0.02, 3.0
 # The known recipes that are task arithmetic: base, experts, uniform soup, three common scales.
 KNOWN = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1 / 3,) * 3, (0.5,) * 3, (0.75,) * 3, (1.0,) * 3)
-SETTINGS = {"one objective (mean of all items)": 1, "four objectives (one per task)": 4}
+HIGHEST = 1.2  # weight in the search space
+TASKS = ("math", "cipher", "latin", "cross")
+# Name: the tasks of each objective.
+SETTINGS = {
+    "one objective, all items": ((0, 1, 2, 3),),
+    "one objective, latin": ((2,),),
+    "four objectives": ((0,), (1,), (2,), (3,)),
+}
+
+Objectives = tuple[tuple[int, ...], ...]
 
 
 class TableObjective:
-    """One objective whose "live model" is a grid point: items are looked up."""
+    """The mean of some tasks' items; its "live model" is a point of the table, where the items are looked up."""
 
     maximize, partial, bounds, splits = True, True, (0.0, 1.0), ("search",)
 
-    def __init__(self, name: str, tasks: Sequence[int], table: Any) -> None:
-        self.name, self._tasks, self._table = name, list(tasks), table
+    def __init__(self, tasks: Sequence[int], table: Any) -> None:
+        self.name, self._tasks, self._table = "+".join(TASKS[k] for k in tasks), list(tasks), table
         self.used = 0
 
     def size(self, split: str) -> int:
@@ -76,14 +86,11 @@ class MadeUp:
         distance = ((np.array(point) / (LEVELS - 1) - self._peak) ** 2).sum(axis=2)
         return (0.5 - 2 * distance > self._hardness).astype(np.uint8)
 
+    def nearest(self, weights: np.ndarray) -> Point:
+        return grid_point(weights)
+
     def fill(self, count: int, say: Any) -> np.ndarray:
         return np.random.default_rng(0).integers(0, LEVELS, (count, 3))
-
-
-def objectives_of(count: int, table: Any) -> list[TableObjective]:
-    if count == 1:
-        return [TableObjective("zoo", range(4), table)]
-    return [TableObjective(name, [k], table) for k, name in enumerate(("math", "cipher", "latin", "cross"))]
 
 
 # ---------------------------------------------------------------- safety
@@ -165,61 +172,58 @@ def _merit(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Run:
-    """One search: items used, the winner's grid point, and where candidates stopped."""
+    """One search: items used, the winner's grid point, and how many candidates were stopped."""
 
     used: int
     winner: Point
     stopped: int
-    repeats: int
 
 
-def search(n_objectives: int, table: Any, seed: int, candidates: int, rungs: tuple[float, ...]) -> Run:
+def search(tasks: Objectives, table: Any, seed: int, candidates: int, rungs: tuple[float, ...]) -> Run:
     """The engine's loop without its database: ask, score in rungs, tell."""
     from evomerge.fidelity import Rivals
     from evomerge.front import non_dominated
     from evomerge.optimizers import Goal, Result, make
     from evomerge.worker import score_in_rungs
 
-    objectives = objectives_of(n_objectives, table)
+    objectives = [TableObjective(own, table) for own in tasks]
     goals = [Goal(o.name, 0.0, 1.0) for o in objectives]
-    optimizer = make("map" if n_objectives > 1 else "cma_es", 3, goals, seed, np.full(3, 0.25))
-    known = [grid_point(np.array(weights)) for weights in KNOWN]
+    optimizer = make("map" if len(tasks) > 1 else "cma_es", 3, goals, seed, np.full(3, 0.25))
     items: dict[int, list[np.ndarray]] = {}
     rivals = Rivals(seed, rungs, {o.name: True for o in objectives}, lambda number: items[number])
-    done: dict[Point, tuple[np.ndarray, np.ndarray, bool]] = {}
-    repeats = 0
+    full: list[tuple[Point, np.ndarray]] = []
+    sizes: dict[tuple[str, str], int] = {}
     for number in range(candidates):
-        point = known[number] if number < len(known) else grid_point(optimizer.ask(number) * 1.2)
-        repeats += point in done
-        if point not in done:
-            race = rivals.race(to_the_end=number < len(known))
-            assert race is not None
-            scores, stopped = score_in_rungs(objectives, point, "search", race, {})  # type: ignore[arg-type]
-            values = np.array([scores[o.name].value for o in objectives])
-            done[point] = values, np.array([scores[o.name].stderr for o in objectives]), stopped is not None
-            if stopped is None:
-                items[number] = [scores[o.name].items for o in objectives]
-                rivals.add(number, values.tolist())
-        values, stderr, _ = done[point]
-        optimizer.tell(Result(number, np.array(point) / (LEVELS - 1), values, stderr))
-    full = [p for p, (_, _, stopped) in done.items() if not stopped]
-    values = np.array([done[p][0] for p in full])
+        x = np.array(KNOWN[number]) / HIGHEST if number < len(KNOWN) else optimizer.ask(number)
+        point = grid_point(x * HIGHEST) if number < len(KNOWN) else table.nearest(x * HIGHEST)
+        race = rivals.race(to_the_end=number < len(KNOWN))
+        assert race is not None
+        scores, stopped = score_in_rungs(objectives, point, "search", race, sizes)  # type: ignore[arg-type]
+        values = np.array([scores[o.name].value for o in objectives])
+        if stopped is None:
+            full.append((point, values))
+            items[number] = [scores[o.name].items for o in objectives]
+            rivals.add(number, values.tolist())
+        optimizer.tell(Result(number, x, values, np.array([scores[o.name].stderr for o in objectives])))
+    values = np.array([v for _, v in full])
     front = np.flatnonzero(non_dominated(values))
-    winner = full[front[int(np.argmax(_merit(values[front])))]]
-    return Run(sum(o.used for o in objectives), winner, len(done) - len(full), repeats)
+    winner = full[front[int(np.argmax(_merit(values[front])))]][0]
+    return Run(sum(o.used for o in objectives), winner, candidates - len(full))
 
 
-def saving(setting: str, n_objectives: int, table: Any, test: Any, seeds: int, candidates: int) -> dict[str, Any]:
+def saving(setting: str, table: Any, test: Any, seeds: int, candidates: int) -> dict[str, Any]:
     """Both kinds of search over the seeds."""
     from scipy.stats import t
 
     from evomerge.fidelity import RUNGS
 
+    tasks = SETTINGS[setting]
+    every = [k for own in tasks for k in own]
     pairs = []
     for seed in range(seeds):
         say(f"{setting}: seed {seed} of {seeds}")
-        pairs.append([search(n_objectives, table, seed, candidates, rungs) for rungs in ((1.0,), RUNGS)])
-    scores = np.array([[test.items(run.winner).mean() for run in pair] for pair in pairs])
+        pairs.append([search(tasks, table, seed, candidates, rungs) for rungs in ((1.0,), RUNGS)])
+    scores = np.array([[test.items(run.winner)[every].mean() for run in pair] for pair in pairs])
     used = np.array([[run.used for run in pair] for pair in pairs])
     change = scores[:, 1] - scores[:, 0]
     half = float(t.ppf(0.975, seeds - 1) * change.std(ddof=1) / np.sqrt(seeds))
@@ -237,7 +241,6 @@ def saving(setting: str, n_objectives: int, table: Any, test: Any, seeds: int, c
         "change_low": float(change.mean()) - half,
         "change_high": float(change.mean()) + half,
         "stopped": float(np.mean([pair[1].stopped for pair in pairs])),
-        "repeats": float(np.mean([[run.repeats for run in pair] for pair in pairs])),
     }
 
 
@@ -310,16 +313,16 @@ def main() -> None:
     safe: list[Safety] = []
     saved: list[dict[str, Any]] = []
     if "safety" in options.part:
-        merges = max(options.merges, options.candidates)
-        points = table.fill(merges, say)
+        points = table.fill(max(options.merges, options.candidates), say)
         by_task = np.stack([table.items(tuple(p)) for p in points.tolist()])
-        for setting, count in SETTINGS.items():
+        for setting, tasks in SETTINGS.items():
             say(f"safety, {setting} ...")
-            full = by_task.reshape(len(by_task), count, -1)
+            full = np.stack([by_task[:, list(own)].reshape(len(by_task), -1) for own in tasks], axis=1)
             safe.append(safety(setting, full, options.studies, options.candidates))
     if "saving" in options.part:
-        for setting, count in SETTINGS.items():
-            saved.append(saving(setting, count, table, test, options.seeds, options.candidates))
+        table.fill(options.merges, say)
+        for setting in SETTINGS:
+            saved.append(saving(setting, table, test, options.seeds, options.candidates))
         if not options.small:
             table.save()
             test.save()
@@ -346,7 +349,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=("safety", "saving"), default=["safety", "saving"])
     parser.add_argument("--studies", type=int, default=2000, help="to replay")
-    parser.add_argument("--merges", type=int, default=200, help="scored in full, to draw candidates from")
+    parser.add_argument("--merges", type=int, default=250, help="in the table")
     parser.add_argument("--candidates", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--test-items", type=int, default=1000, help="per task")

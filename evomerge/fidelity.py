@@ -198,7 +198,7 @@ class Race:
 def differences(mine: Array, rival: Rival, objective: int) -> Array | None:
     """Candidate minus rival `(n,)`, in the objective's unit, on the candidate's items; None if they do not compare."""
     theirs = rival.items[objective][: len(mine)]
-    if mine.shape != theirs.shape:
+    if mine.shape != theirs.shape or not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
         return None
     if mine.ndim == 1:
         return mine - theirs

@@ -188,21 +188,23 @@ def score_in_rungs(
             rival = race.verdict(seen, sizes)
             if rival is not None:
                 parts = {o.name: np.sort(order[:n]) for o, order, n in zip(objectives, orders, counts, strict=True)}
-                return _estimates(objectives, items, seen, rival), Stopped(share, rival.number, parts)
+                return _estimates(objectives, items, seen, parts, rival), Stopped(share, rival.number, parts)
     return {o.name: o.aggregate(whole) for o, whole in zip(objectives, items, strict=True)}, None
 
 
 def _estimates(
-    objectives: Sequence[Objective], items: Sequence[np.ndarray], seen: Sequence[np.ndarray], rival: Rival
+    objectives: Sequence[Objective],
+    items: Sequence[np.ndarray],
+    seen: Sequence[np.ndarray],
+    parts: Mapping[str, np.ndarray],
+    rival: Rival,
 ) -> dict[str, Scores]:
     """What a stopped candidate would have scored, inside each objective's bounds, with the items seen."""
     found = {}
     for j, objective in enumerate(objectives):
-        whole = items[j]
-        part = whole[~np.isnan(whole.reshape(len(whole), -1)).any(axis=1)]
-        plain = objective.aggregate(part)
-        value, stderr = estimate(plain.value, plain.stderr, seen[j], rival, j, len(whole))
-        found[objective.name] = Scores(float(np.clip(value, *_limits(objective))), stderr, part)
+        plain = objective.aggregate(items[j][parts[objective.name]])
+        value, stderr = estimate(plain.value, plain.stderr, seen[j], rival, j, len(items[j]))
+        found[objective.name] = Scores(float(np.clip(value, *_limits(objective))), stderr, plain.items)
     return found
 
 

@@ -87,3 +87,15 @@ def test_a_missed_target_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         assert [n for n, met in replace(good, **worse).verdicts().items() if not met] == [name]
     assert Result("ties").verdicts() == {}  # it failed: nothing is claimed
+
+
+def test_the_benchmark_of_rungs_runs() -> None:
+    command = [sys.executable, str(SCRIPT.parent / "fidelity.py"), "--small", "--json"]
+    command += ["--studies", "4", "--seeds", "2", "--candidates", "14"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    safe, saved = found["safety"], found["saving"]
+    assert [row["setting"] for row in safe] == [row["setting"] for row in saved]
+    assert all(row["studies"] == 4 and 0 <= row["share"] <= row["bound"] <= 1 for row in safe)
+    assert safe[0]["stopped"] > 0 and safe[0]["items_used"] < 1
+    single = saved[0]
+    assert single["items_whole"] == 14 * 256 > single["items_rungs"] and single["stopped"] > 0

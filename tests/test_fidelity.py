@@ -170,6 +170,7 @@ def test_ratios_are_compared_where_the_denominators_agree() -> None:
     race = Race(0, (0.5, 1.0), (rival_of(1, theirs),), (False,))
     assert race.verdict([mine[: N // 2]], [N]) is not None
     assert race.verdict([mine[: N // 2] + np.array([0.0, 1.0])], [N]) is None
+    assert race.verdict([np.where(np.arange(N // 2)[:, None] == 7, np.nan, mine[: N // 2])], [N]) is None
 
 
 @pytest.mark.parametrize("kind", ["0/1", "skewed", "near ties"])
