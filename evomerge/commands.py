@@ -26,12 +26,12 @@ from evomerge.config import load_study_file, read_text, shipped_file, shipped_na
 from evomerge.errors import ConfigError, Problem, StorageError
 from evomerge.export import check_recipe_models, merged_dtype
 from evomerge.export import merge as write_merge
-from evomerge.fidelity import share_text
+from evomerge.fidelity import Race, share_text
 from evomerge.gains import report
 from evomerge.intervals import interval
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
-from evomerge.prepare import open_study, prepare, worker_spec
+from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
 from evomerge.rescore import front_of, stored_winner
@@ -99,6 +99,7 @@ def run_search(
                 budget=budget,
                 known=prepared.known,
                 on_event=progress.event,
+                on_note=lambda note: say(f"note: {note}"),
                 stop=stop,
             ).run()
     except StorageError as error:
@@ -196,7 +197,10 @@ def evaluate(
             raise ConfigError.of(problems, study)
         if split not in objective.splits:
             raise ConfigError(f"the objective {objective.name} has no {split} split")
-    result = evaluate_safely(worker, Job(0, read, (split,)))
+    rungs, _ = choose_rungs(config, worker.objectives)
+    # In the same parts as a search scores it: what else is in a batch can matter in the last bit.
+    race = Race(config.seed, rungs) if rungs else None
+    result = evaluate_safely(worker, Job(0, read, (split,), race))
     if isinstance(result, Failed):
         raise ConfigError(f"the model cannot be scored ({result.reason}): {result.message}")
     rows = []

@@ -97,7 +97,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes", {})))
     fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
     known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
-    rungs, why_none = _rungs(config, objectives)
+    rungs, why_none = choose_rungs(config, objectives)
     if why_none and config.fidelity:
         hint = "set `fidelity: off`, or leave that objective out"
         doubts.append(Problem(f"no candidate is stopped early: {why_none}", config.where("fidelity"), hint))
@@ -243,7 +243,7 @@ def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Obj
     return []
 
 
-def _rungs(config: StudyConfig, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], str]:
+def choose_rungs(config: StudyConfig, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], str]:
     """The study's rungs, empty for none; and if the file did not say so, why there are none."""
     if config.fidelity is not None and len(config.fidelity) < 2:
         return (), ""

@@ -291,6 +291,11 @@ def test_a_search_stops_beaten_candidates_and_says_so(texts: Path, capfd: pytest
     assert all(c.state == "done" for c in candidates[:known]), "known recipes are scored in full"
     assert len(stopped) >= 3, [c.state for c in candidates]
     full = Worker(prepared.worker)
+    whole = prepared.known[-1][1]
+    race = Race(config.seed, RUNGS)  # no rivals: scored in the same parts as in the search, to the end
+    last = full.evaluate(Job(0, whole, race=race)).scores["search"]["text"]
+    recorded = study.scores(known - 1, "search")
+    assert recorded is not None and np.array_equal(last.items, recorded["text"].items), "scores repeat to the bit"
     for c in stopped:
         assert c.values is None and c.estimate is not None and c.estimate_stderr is not None
         scores, where = study.partial_scores(c.number)
