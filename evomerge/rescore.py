@@ -106,7 +106,8 @@ def score_split(
     pool = make_pool(spec, local=size, ray=size if workers.ray else None, address=workers.address, inline=inline)
     try:
         for candidate in missing:
-            pool.submit(Job(candidate.number, candidate.recipe, (split,)))
+            size_then = candidate.attrs.get("batch_tokens")  # the last bits of a score depend on it
+            pool.submit(Job(candidate.number, candidate.recipe, (split,), batch_tokens=size_then))
         waiting = len(missing)
         while waiting:
             for result in pool.wait(timeout_s=1.0):

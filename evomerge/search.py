@@ -60,6 +60,7 @@ class Search:
         known: (label, recipe) of the candidates 0..k that every study starts with.
         on_event: called after each candidate's record is durable.
         stop: set it to stop asking; candidates in flight are still recorded.
+        on_note: told once what people should know of how the workers score.
     """
 
     study: Study
@@ -70,6 +71,7 @@ class Search:
     known: Sequence[tuple[str, Recipe]] = ()
     on_event: Callable[[Event], None] = field(default=lambda event: None)
     stop: threading.Event = field(default_factory=threading.Event)
+    on_note: Callable[[str], None] = field(default=lambda note: None)
 
     def run(self) -> str:
         """Search until the budget is spent or `stop` is set; returns "budget" or "stopped".
@@ -108,6 +110,7 @@ class Search:
         self._labels: dict[int, str | None] = {}
         self._finished: dict[str, Candidate] = {}
         self._failures_in_a_row = 0
+        self._notes: set[str] = set()
         header = self.study.header
         self._rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, self._items)
         candidates = self.study.candidates()
@@ -115,6 +118,8 @@ class Search:
         ended = sorted((c for c in candidates if c.state != "running"), key=lambda c: c.arrival or 0)
         self._arrivals = len(ended)
         self._before_s = max((c.attrs.get("elapsed_s", 0.0) for c in ended), default=0.0)
+        # All candidates share one size of batches, since the last bits of a score depend on it. Memory may lower it.
+        self._batch_tokens = min((c.attrs["batch_tokens"] for c in ended if "batch_tokens" in c.attrs), default=None)
         for candidate in ended:
             self._keep(candidate)
             self._tell(candidate)
@@ -182,7 +187,7 @@ class Search:
             self._waiting.setdefault(twin, []).append(number)
             return
         race = self._rivals.race(to_the_end=number < len(self.known))
-        self._workers().submit(Job(number, recipe, race=race))
+        self._workers().submit(Job(number, recipe, race=race, batch_tokens=self._batch_tokens))
 
     # ---------------------------------------------------------------- back
 
@@ -197,7 +202,13 @@ class Search:
                 "peak_bytes": result.peak_bytes,
                 "worker": result.worker,
                 "tables": {k: round(v, 6) for k, v in result.tables.items()},
+                "batch_tokens": result.batch_tokens,
             }
+            for note in result.notes:
+                if note not in self._notes:
+                    self._notes.add(note)
+                    self.on_note(note)
+            self._batch_tokens = min(result.batch_tokens, self._batch_tokens or result.batch_tokens)
             self._close(number, result.scores, attrs, result.stopped)
         else:
             self._close_failed(number, result.reason, result.message)

@@ -55,12 +55,14 @@ class Job:
 
     Attributes:
         race: the rungs of the search split, and whom the candidate has to beat; None scores it at once.
+        batch_tokens: size of a batch that the study has settled on; None leaves the worker's own.
     """
 
     number: int
     recipe: Recipe
     splits: tuple[str, ...] = ("search",)
     race: Race | None = None
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Outcome:
         worker: which process did it.
         tables: what the worker has computed from the models alone so far: bytes, budget, seconds, counts.
         stopped: at which rung and by whom the candidate was beaten; None if it was scored in full.
+        batch_tokens: size of a batch with which it was scored: smaller than asked for where memory ran out.
+        notes: what people should know of how this worker scores.
     """
 
     number: int
@@ -84,6 +88,8 @@ class Outcome:
     worker: str
     tables: Mapping[str, float] = field(default_factory=dict)
     stopped: Stopped | None = None
+    batch_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ class Worker:
         started = time.perf_counter()
         faults.point("merging")
         self.live.install(job.recipe, self.weights)
+        if job.batch_tokens is not None:
+            self.live.batch_tokens = job.batch_tokens
         merged = time.perf_counter()
         scores: dict[str, dict[str, Scores]] = {}
         stopped: Stopped | None = None
@@ -149,6 +157,8 @@ class Worker:
             worker=f"{os.uname().nodename}:{os.getpid()}",
             tables=self.live.tables.report(),
             stopped=stopped,
+            batch_tokens=self.live.batch_tokens,
+            notes=tuple(self.live.notes),
         )
 
 
