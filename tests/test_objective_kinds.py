@@ -182,7 +182,8 @@ def test_agreement_is_the_mean_over_experts_of_kl_on_their_own_prompts(work: Pat
 
 def test_response_length_counts_generated_tokens(work: Path) -> None:
     live = LiveModel("red")
-    for until in ("a", "zzz"):
+    first = live.tokenizer.decode(continuation(live, items("search")[0]["prompt"], 1))
+    for until in (first, "a", "zzz"):
         objective = make("response_length", files=FILES, max_tokens=7, until=[until], batch_size=5)
         expected = [len(continuation(live, r["prompt"], 7, until)) for r in items("search")]
         assert objective.score(live, "search").items.tolist() == expected
