@@ -304,6 +304,13 @@ class Study:
             )
         return found
 
+    def items(self, number: int) -> list[np.ndarray]:
+        """A done candidate's items on the search split, one array per objective."""
+        scores = self.scores(number, "search")
+        if scores is None:
+            raise StorageError(f"the study {self.name!r} has no search items of candidate {number}")
+        return [scores[name].items for name in self.header.objectives]
+
     def partial_scores(self, number: int) -> tuple[dict[str, Scores], Stopped]:
         """A stopped candidate's estimates and seen items by objective, and where and why it was stopped."""
         user, system = self._both_attrs(number)

@@ -28,6 +28,14 @@ def test_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"hv 0\.8 ", lines[2])
 
 
+def test_stopped_candidates_are_said_and_counted_and_never_best(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Event(1, None, None, None, None, None, 0.0, "stopped at 1/4, beaten by #0")
+    with Progress({"acc": True}, Budget(10), [event(0, (0.5,)), before], known=1) as progress:
+        progress.event(Event(2, None, None, None, None, 1, 5.0, "stopped at 1/8, beaten by #0"))
+    line = capsys.readouterr().err
+    assert "3/10 | #2: stopped at 1/8, beaten by #0 (as #1) | 2 stopped | best 0.5000" in line
+
+
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress({"acc": True}, Budget(10), [], known=1, quiet=True) as progress:
         progress.event(event(0, (0.4,)))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from evomerge.errors import StorageError, StudyConflict
+from evomerge.fidelity import Stopped
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
 from evomerge.storage import mask, pack, process_start, storage_problem, unpack
@@ -71,6 +72,29 @@ def test_recipes_outside_the_space_and_failures_are_recorded(url: str) -> None:
     assert (candidate.state, candidate.reason, candidate.params) == ("failed", "weights", None)
     assert candidate.label == "uniform soup"
     assert candidate.attrs["message"] == "merged tensor q holds NaN"
+
+
+def test_a_stopped_candidate_keeps_its_estimate_and_its_items(url: str) -> None:
+    study = Study.create(url, "x", header())
+    study.propose(RECIPE, None, BOUNDS)
+    positions = {"acc": np.array([0, 3, 5]), "bits": np.array([1, 2])}
+    seen = {"acc": Scores(0.4, 0.2, np.array([1.0, 0.0, 1.0])), "bits": Scores(2.5, 0.3, np.ones((2, 2)))}
+    assert study.stop(0, seen, Stopped(0.125, 7, positions), 0, {"t_eval_s": 0.5})
+    again = Study.load(url, "x")
+    candidate = again.candidate(0)
+    assert (candidate.state, candidate.values, candidate.stderr) == ("stopped", None, None)
+    assert (candidate.estimate, candidate.estimate_stderr) == ((0.4, 2.5), (0.2, 0.3))
+    assert candidate.stopped == "stopped at 1/8, beaten by #7" and candidate.arrival == 0
+    stored, where = again.partial_scores(0)
+    assert (where.share, where.beaten_by) == (0.125, 7)
+    for name in seen:
+        assert np.array_equal(stored[name].items, seen[name].items)
+        assert np.array_equal(where.positions[name], positions[name])
+    assert again.scores(0, "search") is None, "a part is no score"
+    with pytest.raises(StorageError, match="no search items of candidate 0"):
+        again.items(0)
+    assert not again.finish(0, scores(0.7), 1, {}), "the first writer wins"
+    assert optuna.load_study(study_name="x", storage=url).trials[0].state == optuna.trial.TrialState.PRUNED
 
 
 def test_the_first_writer_wins(url: str) -> None:
