@@ -28,7 +28,7 @@ from evomerge.export import check_recipe_models, merged_dtype
 from evomerge.export import merge as write_merge
 from evomerge.fidelity import Race, share_text
 from evomerge.gains import report
-from evomerge.intervals import interval
+from evomerge.intervals import Spread, interval
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
@@ -131,6 +131,8 @@ def status_of(study: Study) -> dict[str, Any]:
         status[f"stopped at {share}"] = count
     for reason, count in reasons.items():
         status[f"failed: {reason}"] = count
+    for name, apart in (candidates[0].attrs.get("spreads", {}) if candidates else {}).items():
+        status[f"not deterministic: {name}"] = str(Spread(**apart))
     for index, (name, up) in enumerate(study.header.objectives.items()):
         if done:
             best = (max if up else min)(done, key=lambda c: c.values[index] if c.values else 0.0)

@@ -166,6 +166,9 @@ class Spread:
     item: float
     value: float
 
+    def __str__(self) -> str:
+        return f"two scores of one model differ by {self.value:.3g}, an item by up to {self.item:.3g}"
+
 
 def spread(first: Scored, second: Scored) -> Spread | None:
     """The difference of two scores of the same model on the same items; None if they agree to the bit."""

@@ -112,7 +112,7 @@ class Search:
         self._failures_in_a_row = 0
         self._notes: set[str] = set()
         header = self.study.header
-        self._rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, self._items)
+        self._rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, self.study.items)
         candidates = self.study.candidates()
         self._count = len(candidates)
         ended = sorted((c for c in candidates if c.state != "running"), key=lambda c: c.arrival or 0)
@@ -133,11 +133,6 @@ class Search:
             self._finished[candidate.fingerprint] = candidate
             if candidate.values is not None:
                 self._rivals.add(candidate.number, candidate.values)
-
-    def _items(self, number: int) -> list[np.ndarray]:
-        scores = self.study.scores(number, "search")
-        assert scores is not None
-        return [scores[name].items for name in self.study.header.objectives]
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._clock
@@ -187,7 +182,8 @@ class Search:
             self._waiting.setdefault(twin, []).append(number)
             return
         race = self._rivals.race(to_the_end=number < len(self.known))
-        self._workers().submit(Job(number, recipe, race=race, batch_tokens=self._batch_tokens))
+        # The first candidate is scored twice: whether scores repeat is worth knowing before they are compared.
+        self._workers().submit(Job(number, recipe, race=race, batch_tokens=self._batch_tokens, twice=number == 0))
 
     # ---------------------------------------------------------------- back
 
@@ -196,20 +192,12 @@ class Search:
         number = result.number
         faults.point("finishing")
         if isinstance(result, Outcome):
-            attrs = {
-                "t_merge_s": round(result.merge_s, 6),
-                "t_eval_s": round(result.eval_s, 6),
-                "peak_bytes": result.peak_bytes,
-                "worker": result.worker,
-                "tables": {k: round(v, 6) for k, v in result.tables.items()},
-                "batch_tokens": result.batch_tokens,
-            }
             for note in result.notes:
                 if note not in self._notes:
                     self._notes.add(note)
                     self.on_note(note)
             self._batch_tokens = min(result.batch_tokens, self._batch_tokens or result.batch_tokens)
-            self._close(number, result.scores, attrs, result.stopped)
+            self._close(number, result.scores, result.attrs, result.stopped)
         else:
             self._close_failed(number, result.reason, result.message)
         done = self._finished[self._in_flight[number].fingerprint]
@@ -282,9 +270,7 @@ class Search:
     def _tell(self, candidate: Candidate) -> None:
         self._failures_in_a_row = self._failures_in_a_row + 1 if candidate.state == "failed" else 0
         # A stopped candidate counts with its estimate: leaving the beaten ones out would bias every ranking.
-        values, stderr = candidate.values, candidate.stderr
-        if candidate.state == "stopped":
-            values, stderr = candidate.estimate, candidate.estimate_stderr
+        values, stderr = candidate.values or candidate.estimate, candidate.stderr or candidate.estimate_stderr
         ups = list(self.study.header.objectives.values())
         self.optimizer.tell(
             Result(

@@ -15,6 +15,7 @@ import torch
 
 from evomerge import faults
 from evomerge.fidelity import Race, Rival, Stopped, count_at, estimate, item_order, new_items
+from evomerge.intervals import Spread, spread
 from evomerge.methods import Tables
 from evomerge.model import LiveModel
 from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
@@ -56,6 +57,7 @@ class Job:
     Attributes:
         race: the rungs of the search split, and whom the candidate has to beat; None scores it at once.
         batch_tokens: size of a batch that the study has settled on; None leaves the worker's own.
+        twice: score the search split again, to see whether scores repeat.
     """
 
     number: int
@@ -63,6 +65,7 @@ class Job:
     splits: tuple[str, ...] = ("search",)
     race: Race | None = None
     batch_tokens: int | None = None
+    twice: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Outcome:
         stopped: at which rung and by whom the candidate was beaten; None if it was scored in full.
         batch_tokens: size of a batch with which it was scored: smaller than asked for where memory ran out.
         notes: what people should know of how this worker scores.
+        spreads: objectives whose second score of the same model was another, if there was a second one.
     """
 
     number: int
@@ -90,6 +94,22 @@ class Outcome:
     stopped: Stopped | None = None
     batch_tokens: int = 0
     notes: tuple[str, ...] = ()
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
+
+    @property
+    def attrs(self) -> dict[str, object]:
+        """What the study records of the evaluation, beside scores."""
+        attrs: dict[str, object] = {
+            "t_merge_s": round(self.merge_s, 6),
+            "t_eval_s": round(self.eval_s, 6),
+            "peak_bytes": self.peak_bytes,
+            "worker": self.worker,
+            "tables": {k: round(v, 6) for k, v in self.tables.items()},
+            "batch_tokens": self.batch_tokens,
+        }
+        if self.spreads:
+            attrs["spreads"] = {name: {"item": s.item, "value": s.value} for name, s in self.spreads.items()}
+        return attrs
 
 
 @dataclass(frozen=True)
@@ -148,18 +168,41 @@ class Worker:
             for objective in self.objectives:
                 faults.point("scoring")
                 scores[split][objective.name] = objective.score(self.live, split)
+        scored = time.perf_counter()
+        again = score_again(self.objectives, self.live, scores["search"], job.race) if job.twice else {}
         return Outcome(
             number=job.number,
             scores=scores,
             merge_s=merged - started,
-            eval_s=time.perf_counter() - merged,
+            eval_s=scored - merged,
             peak_bytes=_peak_bytes(self.live.device),
             worker=f"{os.uname().nodename}:{os.getpid()}",
             tables=self.live.tables.report(),
             stopped=stopped,
             batch_tokens=self.live.batch_tokens,
-            notes=tuple(self.live.notes),
+            notes=(*self.live.notes, *(f"objective {n} is not deterministic: {apart}" for n, apart in again.items())),
+            spreads=again,
         )
+
+
+def score_again(
+    objectives: Sequence[Objective], live: LiveModel, first: Mapping[str, Scores], race: Race | None
+) -> dict[str, Spread]:
+    """How far a second search score of the same model is from the first; objectives that repeat are left out.
+
+    In a study with rungs the items of the first rung are scored again, in the batches that they were in; else all.
+    """
+    found = {}
+    for objective in objectives:
+        before, positions = first[objective.name], None
+        if race is not None:
+            order = item_order(race.seed, objective.name, len(before.items))
+            positions = new_items(order, race.rungs, 0).tolist()
+            before = objective.aggregate(before.items[positions])
+        apart = spread(before, objective.score(live, "search", positions))
+        if apart is not None:
+            found[objective.name] = apart
+    return found
 
 
 def score_in_rungs(

@@ -229,6 +229,32 @@ def test_the_test_split_is_scored_once_and_then_shown(work: Path, run: Run) -> N
     assert stored is not None and stored["pick"].value == json.loads(first)[0]["pick"]
 
 
+@pytest.mark.parametrize("fidelity", ["off", "{rungs: [0.5, 1]}"])
+def test_scores_that_do_not_repeat_are_reported_with_their_spread(work: Path, run: Run, fidelity: str) -> None:
+    Path("dice.py").write_text("import random\n\ndef throw(m, t, items): return [random.randrange(6) for _ in items]\n")
+    files = {s: f"items.{s}.jsonl" for s in ("search", "validation", "test")}
+    dice = {"name": "dice", "kind": "python", "file": "dice.py", "function": "throw", "items": files}
+    edit_study(lambda d: d["objectives"].append(dice))
+    code, _, err = run(
+        "search",
+        "study.yaml",
+        "--inline",
+        "--allow-task-code",
+        "-o",
+        "budget.evaluations=2",
+        "-o",
+        f"fidelity={fidelity}",
+    )
+    assert code == 0, err
+    said = [line for line in err.splitlines() if "not deterministic" in line]
+    assert len(said) == 1 and "objective dice is not deterministic: two scores of one model differ by" in said[0]
+    status = json.loads(run("status", "runs/tiny", "-f", "json")[1])
+    found = {k: v for k, v in status.items() if k.startswith("not deterministic")}
+    assert list(found) == ["not deterministic: dice"]
+    spread = Study.load(URL, "tiny").candidates()[0].attrs["spreads"]["dice"]
+    assert 1 <= spread["item"] <= 5 and spread["value"] <= spread["item"]
+
+
 def test_changed_weights_are_never_scored_into_an_old_study(work: Path, run: Run) -> None:
     assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=2")[0] == 0
     edit_tensors("red/model.safetensors", lambda t: t["model.norm.weight"].mul_(2))
