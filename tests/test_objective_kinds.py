@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -432,12 +433,11 @@ def test_a_study_goes_on_where_a_function_fails(work: Path) -> None:
     from evomerge.config import load_study_file
     from evomerge.study import Study
 
+    red = float(LiveModel("red").model.get_input_embeddings().weight[0, 0])
     Path("mine.py").write_text(
-        "calls = []\n"
         "def likes(model, tokenizer, items):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 2:\n"
-        "        raise KeyError('the second one')\n"
+        f"    if float(model.get_input_embeddings().weight[0, 0]) == {red!r}:\n"
+        "        raise KeyError('this is red')\n"
         "    return [len(i['prompt']) for i in items]\n"
     )
     text = Path("study.yaml").read_text().replace("evaluations: 14", "evaluations: 4")
@@ -451,7 +451,7 @@ def test_a_study_goes_on_where_a_function_fails(work: Path) -> None:
     found = Study.load(load_study_file("study.yaml").storage, "tiny").candidates()
     assert [c.state for c in found] == ["done", "failed", "done", "done"]
     assert found[1].reason == "objective"
-    assert "KeyError: 'the second one'" in json.dumps(found[1].attrs)
+    assert "KeyError: 'this is red'" in json.dumps(found[1].attrs)
 
 
 # ---------------------------------------------------------------- splits and bad input
@@ -519,6 +519,7 @@ def test_empty_and_overlapping_splits_are_named(work: Path, kind: str) -> None:
         ("python", {"file": "a.py", "function": "a b", "items": "c"}, "function"),
         ("weakest_link", {"of": "pick"}, "must hold objectives"),
         ("weakest_link", {"of": [{**PICK, "metric": 3}, {**SAY, "limit": 0}]}, "limit"),
+        ("weakest_link", {"of": [{**PICK, "apply_chat_template": True}, SAY]}, "no chat template"),
     ],
     ids=str,
 )
@@ -588,6 +589,44 @@ def test_test_sets_of_public_benchmarks_are_not_searched_on(
         assert "splits: {search: train}" in str(found[0]) and "--allow-benchmark-tests" in str(found[0])
     allowed = ObjectiveSpec("it", "lm_eval", options, allow_benchmark_tests=True)
     assert benchmark_problems(allowed, config, named) == []
+
+
+def test_the_search_on_an_installed_tasks_test_split_needs_the_flag(work: Path) -> None:
+    """arc_easy as lm-eval ships it; its data set is found under its hub name, here a local folder."""
+    folder = Path("allenai/ai2_arc")
+    folder.mkdir(parents=True)
+    head = "---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n"
+    splits = ("train", "validation", "test")
+    (folder / "README.md").write_text(
+        head + "".join(f"  - {{split: {s}, path: {s}.jsonl}}\n" for s in splits) + "---\n"
+    )
+    for split in splits:
+        choices = {"text": ["yes", "no"], "label": ["A", "B"]}
+        rows = [{"id": f"{split}{i}", "question": f"Is {i} odd, asks {split}?", "choices": choices,
+                 "answerKey": "AB"[i % 2]} for i in range(20)]  # fmt: skip
+        write(str(folder / f"{split}.jsonl"), rows)
+    cut = ObjectiveSpec("arc", "lm_eval", {"task": "arc_easy"})
+    (found,) = make_objective(cut).check()
+    assert "cut out of the split 'test' of allenai/ai2_arc" in str(found)
+    assert "`splits: {search: train}`" in str(found) and "--allow-benchmark-tests" in str(found)
+    assert make_objective(replace(cut, allow_benchmark_tests=True)).check() == []
+    for search, refused in (("test", True), ("validation", False), ("train", False)):
+        options = {"task": "arc_easy", "splits": {"search": search}}
+        assert bool(make_objective(replace(cut, options=options)).check()) == refused
+    flips = {"of": [{"kind": "lm_eval", "task": "arc_easy"}], "reference": "red"}
+    assert "cut out of" in problems_of("negative_flips", **flips)
+
+
+def test_the_flag_is_passed_on_by_the_commands(work: Path) -> None:
+    from evomerge.commands import _resume_command, evaluate
+    from evomerge.config import load_study_file
+
+    assert not any(o.allow_benchmark_tests for o in load_study_file("study.yaml").objectives)
+    assert all(o.allow_benchmark_tests for o in load_study_file("study.yaml", allow_benchmark_tests=True).objectives)
+    command = _resume_command("study.yaml", (), inline=False, allow_task_code=False, allow_benchmark_tests=True)
+    assert command == "evomerge search study.yaml --allow-benchmark-tests"
+    rows = evaluate("red", "study.yaml", "search", (), allow_task_code=False, allow_benchmark_tests=True)
+    assert [row["objective"] for row in rows] == ["pick", "text"]
 
 
 def test_the_examples_of_the_documentation_are_well_formed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

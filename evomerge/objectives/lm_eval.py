@@ -16,13 +16,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evomerge import registry
-from evomerge.errors import ConfigError, Problem
+from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
 from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
 from evomerge.objectives._compiled import Compiled, answer_by_lm_eval, obstacle, quiet
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
 from evomerge.objectives._options import LmEvalOptions, read_options
+from evomerge.objectives._public import benchmark_problems
 from evomerge.objectives._task_files import installed_config, load_local_task
 from evomerge.objectives._vector_metrics import VectorMetric, vector_metric
 from evomerge.scoring import Likelihoods, backing_off
@@ -30,7 +31,7 @@ from evomerge.scoring import Likelihoods, backing_off
 if TYPE_CHECKING:
     import numpy as np
 
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 UNIT_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1")
@@ -143,6 +144,7 @@ class LmEvalObjective:
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             return [Problem(f"output type {task.OUTPUT_TYPE} is not scored here", where)]
         problems = self._check_splits(where)
+        problems += benchmark_problems(self.spec, self._configuration(), self._named_splits())
         try:
             self._rehearse(task)
         except ConfigError as error:
@@ -150,6 +152,25 @@ class LmEvalObjective:
         except Exception as error:  # task code, lm-eval and its metrics raise whatever they meet
             problems.append(Problem(f"dummy answers cannot be aggregated to {self.metric}: {error!r:.300}", where))
         return problems
+
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """What of the items cannot be fed to this model, and what people should know of how they are scored."""
+        problems: list[Problem] = []
+        notes: list[str] = []
+        for split in self.splits:
+            where = f"objective {self.name}, {split} split"
+            ready = self._ready(split, outline)
+            try:
+                reason = obstacle(ready.instances, outline)
+                if reason is None:
+                    lines = Compiled(ready.instances, outline, None).notes
+                else:
+                    lines = [f"answered by lm-eval itself: {reason}"]
+            except CandidateFailure as failure:
+                problems.append(Problem(failure.message, where, failure.hint))
+                continue
+            notes += [f"{where}: {line}" for line in lines]
+        return problems, notes
 
     def _rehearse(self, task: Any) -> list[Any]:
         """Build, answer and aggregate a few items, so that what cannot be scored is found before the search."""
@@ -259,13 +280,13 @@ class LmEvalObjective:
     def _error(self, message: str, hint: str = "") -> ConfigError:
         return ConfigError.of([Problem(message, f"objective {self.name}", hint)])
 
-    def _ready(self, split: str, live: LiveModel) -> _Split:
+    def _ready(self, split: str, live: LiveModel | Outline) -> _Split:
         if split not in self._prepared:
             task = self._task(split)
             self._prepared[split] = self._prepare(task, self._ids(split, task), live)
         return self._prepared[split]
 
-    def _prepare(self, task: Any, ids: list[int], live: LiveModel | None = None) -> _Split:
+    def _prepare(self, task: Any, ids: list[int], live: LiveModel | Outline | None = None) -> _Split:
         """Let lm-eval build the prompts; without a model, there is no chat template around them."""
         chat = self.options.apply_chat_template and live is not None
         try:
