@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -248,6 +249,22 @@ class LiveModel:
                 hint="architectures whose tensors are fused on loading (mixtures of experts) are not supported yet",
             )
         return live
+
+
+class Outline:
+    """A model without weights: what checks need of its tokenizer, its longest input and its way of generating."""
+
+    def __init__(self, path: str) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with contextlib.suppress(OSError):  # the file is optional
+            self.model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        self.path = path
+        self.adapters: dict[str, Any] = {}
 
 
 def _shareable(live: LiveModel) -> int:

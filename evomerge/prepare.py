@@ -18,8 +18,9 @@ from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageErr
 from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import RUNGS, WORTH_ITEMS, additive, share_text
-from evomerge.model import check_architecture, check_siblings
+from evomerge.model import Outline, check_architecture, check_siblings
 from evomerge.objectives import Objective, make_objective
+from evomerge.objectives.lm_eval import LmEvalObjective
 from evomerge.optimizers import Goal, Optimizer, make
 from evomerge.recipe import Recipe
 from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, settle, show_bytes
@@ -81,6 +82,9 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         space = _space(config, base, problems)
         if space is not None and not problems:
             problems += _try_optimizer(config, space, objectives)
+            misfits, notes = _fit(base, objectives)
+            problems += misfits
+            doubts += notes
             share, said = infeasible_share(space, base.names)
             if share == 1.0:
                 problems.append(Problem(f"no point of the space can be merged: {said}", config.space_source))
@@ -197,6 +201,19 @@ def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]
         if not found:
             made.append(objective)
     return made
+
+
+def _fit(base: Checkpoint, objectives: Sequence[Objective]) -> tuple[list[Problem], list[Problem]]:
+    """Items that the base cannot be fed, and notes on how others are: found from its tokenizer and configuration."""
+    outline = Outline(base.path)
+    problems: list[Problem] = []
+    notes: list[Problem] = []
+    for objective in objectives:
+        if isinstance(objective, LmEvalObjective):
+            found, said = objective.fit(outline)
+            problems += found
+            notes += [Problem(line) for line in said]
+    return problems, notes
 
 
 def _space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> SearchSpace | None:

@@ -19,7 +19,7 @@ from evomerge.errors import CandidateFailure
 from evomerge.scoring import Likelihoods, Pair, Plan
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 FALLBACK_ROWS = 64
 LOGLIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
@@ -34,7 +34,7 @@ NEUTRAL = {"repetition_penalty": 1.0, "num_beams": 1, "length_penalty": 1.0, "no
            "num_return_sequences": 1, "early_stopping": False}  # fmt: skip
 
 
-def obstacle(instances: Iterable[Any], live: LiveModel) -> str | None:
+def obstacle(instances: Iterable[Any], live: LiveModel | Outline) -> str | None:
     """Why lm-eval must answer these requests itself, or None."""
     for kwargs in {json.dumps(i.args[1], sort_keys=True) for i in instances if i.request_type == "generate_until"}:
         _, _, rest = _generation(live, json.loads(kwargs))
@@ -60,7 +60,7 @@ class Compiled:
         CandidateFailure: a continuation alone is longer than the model's context.
     """
 
-    def __init__(self, instances: Sequence[Any], live: LiveModel, max_rows: int | None) -> None:
+    def __init__(self, instances: Sequence[Any], live: LiveModel | Outline, max_rows: int | None) -> None:
         self._max_rows = max_rows
         self.likely = [i for i in instances if i.request_type in LOGLIKELIHOODS]
         self._pairs, self._owners = _pairs(self.likely, live)
@@ -92,7 +92,7 @@ class Compiled:
             group.answer(live)
         return found
 
-    def _note_cuts(self, live: LiveModel) -> None:
+    def _note_cuts(self, live: LiveModel | Outline) -> None:
         """Name the items that are longer than the context."""
         longest = longest_input(live)
         cut = {
@@ -122,7 +122,7 @@ class Compiled:
 class _Group:
     """Prompts with the same generation arguments."""
 
-    def __init__(self, members: Sequence[Any], live: LiveModel) -> None:
+    def __init__(self, members: Sequence[Any], live: LiveModel | Outline) -> None:
         harness = tokens_of(live)
         until, self.max_new, _ = _generation(live, members[0].args[1])
         self.until = until
@@ -163,7 +163,7 @@ class _Group:
         return any(stop in text for stop in self.until if stop)
 
 
-def _generation(live: LiveModel, kwargs: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
+def _generation(live: LiveModel | Outline, kwargs: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
     """Stop strings, largest number of new tokens, and what else lm-eval would hand to `generate`."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -190,7 +190,7 @@ def _may_end(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
     return frozenset(i for i, text in enumerate(texts) if not text or any(end in text for end in ends))
 
 
-def _pairs(instances: Sequence[Any], live: LiveModel) -> tuple[list[Pair], list[int]]:
+def _pairs(instances: Sequence[Any], live: LiveModel | Outline) -> tuple[list[Pair], list[int]]:
     """Tokens of contexts and continuations as lm-eval cuts them, and the request that each belongs to."""
     harness = tokens_of(live)
     pairs: list[Pair] = []
@@ -243,12 +243,12 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def longest_input(live: LiveModel) -> int:
+def longest_input(live: LiveModel | Outline) -> int:
     """The model's context in tokens, as lm-eval finds it."""
     return int(tokens_of(live).max_length)
 
 
-def tokens_of(live: LiveModel) -> Any:
+def tokens_of(live: LiveModel | Outline) -> Any:
     """lm-eval's own class for this model, with the forward pass replaced by a list of what it would compute."""
     if "lm_eval:tokens" not in live.adapters:
         quiet()
