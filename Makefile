@@ -9,7 +9,7 @@ MERGEKIT_VENV := .venv-mergekit
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge clean
+.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,12 @@ $(MERGEKIT_VENV)/.installed: constraints.txt
 
 bench-merge: $(STAMP) bench-setup  ## seconds per merged candidate, beside a plain copy and mergekit: BENCH="--methods ties"
 	$(BIN)/python benchmarks/merge_speed.py $(BENCH)
+
+bench-scoring: $(STAMP)  ## seconds per scored candidate, beside its forward passes and lm-eval: BENCH="--only zoo"
+	$(BIN)/python benchmarks/scoring_speed.py $(BENCH) 2>$(VENV)/bench-scoring.log
+
+bench-fidelity: $(STAMP)  ## what rungs save, and how often they lose the winner
+	$(BIN)/python benchmarks/fidelity.py $(BENCH)
 
 clean:  ## remove the virtual environments and all studies
 	rm -rf $(VENV) $(MERGEKIT_VENV) $(filter-out runs/README.md,$(wildcard runs/*))
