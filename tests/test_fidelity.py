@@ -157,6 +157,9 @@ def test_one_rival_must_be_better_in_every_objective() -> None:
     both = Race(0, (0.5, 1.0), (rival_of(4, high, low), rival_of(6, high, high)), (True, True))
     beaten_by = both.verdict([low[:half], low[:half]], [N, N])
     assert beaten_by is not None and beaten_by.number == 6
+    nearly = high[:half].copy()
+    nearly[np.flatnonzero(nearly)[:4]] = 0.0
+    assert both.verdict([low[:half], nearly], [N, N]) is None, "worse in the second, but who knows"
     down = Race(0, (0.5, 1.0), (rival_of(6, high, high),), (True, False))
     assert down.verdict([low[:half], low[:half]], [N, N]) is None, "smaller is better in the second"
     assert down.verdict([low[:half], 2 - high[:half]], [N, N]) is not None
