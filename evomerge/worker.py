@@ -24,6 +24,8 @@ from evomerge.recipe import Recipe
 from evomerge.residency import Memory, settle
 from evomerge.weights import Checkpoint, Weights
 
+AGAIN = 16  # items, at least, that are scored twice to see whether scores repeat
+
 
 @dataclass(frozen=True)
 class WorkerSpec:
@@ -190,15 +192,20 @@ def score_again(
 ) -> dict[str, Spread]:
     """How far a second search score of the same model is from the first; objectives that repeat are left out.
 
-    In a study with rungs the items of the first rung are scored again, in the batches that they were in; else all.
+    In a study with rungs the items of the first rung are scored again, in the batches that they were in. Without
+    rungs an eighth of the items is scored twice, and all of them where an objective has no parts.
     """
     found = {}
     for objective in objectives:
-        before, positions = first[objective.name], None
+        before = first[objective.name]
+        n = len(before.items)
+        positions: list[int] | None = None
         if race is not None:
-            order = item_order(race.seed, objective.name, len(before.items))
-            positions = new_items(order, race.rungs, 0).tolist()
+            positions = new_items(item_order(race.seed, objective.name, n), race.rungs, 0).tolist()
             before = objective.aggregate(before.items[positions])
+        elif objective.partial:
+            positions = list(range(min(n, max(AGAIN, n // 8))))
+            before = objective.score(live, "search", positions)
         apart = spread(before, objective.score(live, "search", positions))
         if apart is not None:
             found[objective.name] = apart
