@@ -14,7 +14,7 @@ import torch
 
 from evomerge.config import parse_study
 from evomerge.errors import CandidateFailure, ConfigError, NonFinite
-from evomerge.model import LiveModel
+from evomerge.model import LiveModel, Outline
 from evomerge.objectives import Objective, ObjectiveSpec, make_objective
 from evomerge.recipe import Recipe
 from evomerge.testing import check_objective
@@ -525,6 +525,31 @@ def test_empty_and_overlapping_splits_are_named(work: Path, kind: str) -> None:
 )
 def test_bad_options_are_named(work: Path, kind: str, options: dict[str, Any], message: str) -> None:
     assert message in problems_of(kind, **options)
+
+
+def test_prompts_that_do_not_fit_the_base_are_found_without_its_weights(work: Path) -> None:
+    outline = Outline("base")
+    write("words.jsonl", [{"prompt": f"word {i} of {i * i}"} for i in range(30)])
+    fitted = {kind: made for kind, options in KINDS.items() if hasattr(made := make(kind, **options), "fit")}
+    assert {*fitted} >= {"entropy", "agreement", "response_length", "exact_match", "weakest_link", "negative_flips"}
+    assert {kind: made.fit(outline) for kind, made in fitted.items()} == {kind: ([], []) for kind in fitted}
+    _, (note, *_) = make("entropy", files=FILES, max_tokens=3).fit(outline)
+    assert "12 prompts are cut to their first 3 tokens" in note and "items.search.jsonl:1" in note
+    for options, message in (
+        ({"files": FILES, "apply_chat_template": True}, "no chat template"),
+        ({"files": FILES, "max_tokens": 128}, "leaves no room for a prompt in a context of 128"),
+    ):
+        problems, _ = make("response_length", **options).fit(outline)
+        assert message in str(problems[0])
+        inside = [{"kind": "response_length", **options}, {"kind": "entropy", "files": FILES, "max_tokens": 3}]
+        problems, notes = make("weakest_link", of=inside).fit(outline)
+        assert message in str(problems[0]) and "are cut" in notes[0]
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"a": 0, "!": 1}, [])).save("base/tokenizer.json")  # no token for what it does not know
+    write("odd.jsonl", [{"prompt": "a"}, {"prompt": "thing"}])
+    (problem,), _ = make("agreement", prompts={"red": {"search": "odd.jsonl"}}).fit(Outline("base"))
+    assert "odd.jsonl:2: the tokenizer makes no token of 'thing'" in str(problem)
 
 
 def test_log_probabilities_that_need_too_much_memory_are_refused(work: Path) -> None:

@@ -11,7 +11,7 @@ from evomerge.objectives import SPLITS, Objective, ObjectiveSpec, make_objective
 from evomerge.weights import has_chat_template
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 
 def inner_specs(spec: ObjectiveSpec) -> tuple[ObjectiveSpec, ...]:
@@ -82,6 +82,12 @@ def observe_inner(objectives: Sequence[Any], reference: str, live: LiveModel, sp
     for objective in objectives:
         if reference in getattr(objective, "references", ()):
             objective.observe(reference, live, split)
+
+
+def fit_inner(objectives: Sequence[Any], outline: Outline) -> tuple[list[Problem], list[str]]:
+    """What those of the objectives that look at a tokenizer say of it."""
+    found = [objective.fit(outline) for objective in objectives if hasattr(objective, "fit")]
+    return [p for problems, _ in found for p in problems], [note for _, notes in found for note in notes]
 
 
 def _placed(spec: ObjectiveSpec, problem: Problem) -> Problem:

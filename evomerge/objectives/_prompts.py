@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, Problem
 from evomerge.objectives._items import Item
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
+
+Tokens = tuple[list[list[int]], list[str]]
 
 
 def tokens_of(
-    live: LiveModel, items: Sequence[Item], column: str, max_tokens: int, subject: str, *, chat: bool = False
-) -> list[list[int]]:
-    """Each item's prompt as at most `max_tokens` tokens, the first ones.
+    model: LiveModel | Outline, items: Sequence[Item], column: str, max_tokens: int, subject: str, *, chat: bool = False
+) -> Tokens:
+    """Each item's prompt as at most `max_tokens` tokens, the first ones; and what people should know of that.
 
     Args:
         chat: put the prompt into the tokenizer's chat template, as the user's message.
@@ -30,30 +32,49 @@ def tokens_of(
     for item in items:
         text = item.doc[column]
         if chat:
-            text = _in_template(live, text, subject)
-        ids = live.tokenizer(text, add_special_tokens=not chat)["input_ids"]
+            text = _in_template(model, text, subject)
+        ids = model.tokenizer(text, add_special_tokens=not chat)["input_ids"]
         if not ids:
             raise ConfigError(f"{subject}: {item.where}: the tokenizer makes no token of {text[:60]!r}")
         if len(ids) > max_tokens:
             cut.append(item.where)
         rows.append(ids[:max_tokens])
-    if cut:
-        live.note(f"{subject}: {len(cut)} prompts are cut to their first {max_tokens} tokens, the first at {cut[0]}")
+    said = f"{subject}: {len(cut)} prompts are cut to their first {max_tokens} tokens, the first at"
+    return rows, [f"{said} {cut[0]}"] if cut else []
+
+
+def noted(live: LiveModel, tokens: Tokens) -> list[list[int]]:
+    """The rows of `tokens_of`; the live model keeps what people should know."""
+    rows, notes = tokens
+    for note in notes:
+        live.note(note)
     return rows
 
 
-def _in_template(live: LiveModel, text: str, subject: str) -> str:
-    if not live.tokenizer.chat_template:
+def fitting(calls: Iterable[Callable[[], Tokens]]) -> tuple[list[Problem], list[str]]:
+    """What is wrong with prompts, and what people should know of them, when some calls of `tokens_of` are tried."""
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for call in calls:
+        try:
+            notes += call()[1]
+        except ConfigError as error:
+            problems += error.problems
+    return problems, notes
+
+
+def _in_template(model: LiveModel | Outline, text: str, subject: str) -> str:
+    if not model.tokenizer.chat_template:
         raise ConfigError(
-            f"{subject}: the tokenizer of {live.path} has no chat template", hint="leave out `apply_chat_template:`"
+            f"{subject}: the tokenizer of {model.path} has no chat template", hint="leave out `apply_chat_template:`"
         )
     messages = [{"role": "user", "content": text}]
-    return str(live.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return str(model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def context_of(live: LiveModel, max_tokens: int) -> int:
+def context_of(model: LiveModel | Outline, max_tokens: int) -> int:
     """`max_tokens`, or the model's context where that is shorter."""
-    return min(max_tokens, int(getattr(live.model.config, "max_position_embeddings", None) or max_tokens))
+    return min(max_tokens, int(getattr(model.model.config, "max_position_embeddings", None) or max_tokens))
 
 
 @torch.no_grad()

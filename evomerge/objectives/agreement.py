@@ -20,14 +20,14 @@ from evomerge.errors import ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores
 from evomerge.objectives._items import Items
 from evomerge.objectives._options import AgreementOptions, read_options
-from evomerge.objectives._prompts import context_of, next_token_logprobs, tokens_of
+from evomerge.objectives._prompts import Tokens, context_of, fitting, next_token_logprobs, noted, tokens_of
 from evomerge.objectives._references import folder_of, reference_identity, reference_problems
 from evomerge.residency import show_bytes
 from evomerge.scoring import backing_off
 from evomerge.weights import Checkpoint
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 
 class AgreementObjective:
@@ -82,6 +82,11 @@ class AgreementObjective:
         problems += found or self._memory_problems(where)
         return problems
 
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """Prompts that the tokenizer has no tokens for, and notes on those that are cut."""
+        pairs = [(expert, split) for expert in self.items for split in self.splits]
+        return fitting(functools.partial(self._tokens, outline, *pair) for pair in pairs)
+
     def fingerprint(self) -> str:
         """Hash of the experts, their prompts and how many tokens of them count."""
         parts = [f"{self.options.prompt} {self.options.max_tokens}"]
@@ -97,7 +102,7 @@ class AgreementObjective:
         for expert in self.items:
             if folder_of(self.spec, expert) != reference:
                 continue
-            rows = self._tokens(live, expert, split)
+            rows = self._tokenized(live, expert, split)
             self._require_memory(rows, live)
             live.forget_logits()
             known = backing_off(live, functools.partial(self._logprobs, live, rows))
@@ -136,7 +141,7 @@ class AgreementObjective:
                 f"objective {self.name}: the expert {expert!r} was not observed on the {split} split",
                 hint="a worker does that when it starts; without one, call observe() with the expert installed",
             )
-        rows = self._tokens(live, expert, split)
+        rows = self._tokenized(live, expert, split)
         found = np.zeros(len(own))
         for i, logprobs in next_token_logprobs(live, [rows[k] for k in own], self.options.batch_size):
             theirs = self._known[expert, split][own[i]].to(live.device)
@@ -147,12 +152,14 @@ class AgreementObjective:
         found = {i: logprobs.cpu() for i, logprobs in next_token_logprobs(live, rows, self.options.batch_size)}
         return [found[i] for i in range(len(rows))]
 
-    def _tokens(self, live: LiveModel, expert: str, split: str) -> list[list[int]]:
+    def _tokenized(self, live: LiveModel, expert: str, split: str) -> list[list[int]]:
         if (expert, split) not in self._rows:
-            longest = context_of(live, self.options.max_tokens)
-            items, subject = self.items[expert].of(split), f"objective {self.name}"
-            self._rows[expert, split] = tokens_of(live, items, self.options.prompt, longest, subject)
+            self._rows[expert, split] = noted(live, self._tokens(live, expert, split))
         return self._rows[expert, split]
+
+    def _tokens(self, model: LiveModel | Outline, expert: str, split: str) -> Tokens:
+        longest, subject = context_of(model, self.options.max_tokens), f"objective {self.name}"
+        return tokens_of(model, self.items[expert].of(split), self.options.prompt, longest, subject)
 
     def _memory_problems(self, where: str) -> list[Problem]:
         """What all splits could need: a token is at least one byte of text, and some tokenizers add two."""

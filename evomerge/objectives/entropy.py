@@ -6,6 +6,7 @@ model that always repeats itself has little of it too: use it beside other objec
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,11 +18,11 @@ from evomerge.errors import Problem
 from evomerge.objectives import ObjectiveSpec, Scores, mean_scores
 from evomerge.objectives._items import Items
 from evomerge.objectives._options import EntropyOptions, read_options
-from evomerge.objectives._prompts import context_of, next_token_logprobs, tokens_of
+from evomerge.objectives._prompts import Tokens, context_of, fitting, next_token_logprobs, noted, tokens_of
 from evomerge.scoring import backing_off
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 
 class EntropyObjective:
@@ -56,6 +57,10 @@ class EntropyObjective:
         """Files, columns and splits."""
         return self.items.check()
 
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """Prompts that the tokenizer has no tokens for, and notes on those that are cut."""
+        return fitting(functools.partial(self._tokens, outline, split) for split in self.splits)
+
     def fingerprint(self) -> str:
         """Hash of the prompts and of how many tokens of them count."""
         whole = f"{self.options.prompt} {self.options.max_tokens} {self.items.fingerprint()}"
@@ -68,9 +73,7 @@ class EntropyObjective:
     def score(self, live: LiveModel, split: str, positions: Sequence[int] | None = None) -> Scores:
         """items: (N,) mean entropy of each prompt, in nats."""
         if split not in self._rows:
-            longest = context_of(live, self.options.max_tokens)
-            items, subject = self.items.of(split), f"objective {self.name}"
-            self._rows[split] = tokens_of(live, items, self.options.prompt, longest, subject)
+            self._rows[split] = noted(live, self._tokens(live, split))
         rows = self._rows[split]
         chosen = rows if positions is None else [rows[i] for i in positions]
         live.forget_logits()
@@ -81,6 +84,10 @@ class EntropyObjective:
     def aggregate(self, items: np.ndarray) -> Scores:
         """The mean over prompts."""
         return mean_scores(items)
+
+    def _tokens(self, model: LiveModel | Outline, split: str) -> Tokens:
+        longest, subject = context_of(model, self.options.max_tokens), f"objective {self.name}"
+        return tokens_of(model, self.items.of(split), self.options.prompt, longest, subject)
 
     def _entropies(self, live: LiveModel, rows: Sequence[Sequence[int]]) -> np.ndarray:
         found = np.zeros(len(rows))

@@ -15,12 +15,19 @@ import numpy as np
 from evomerge import registry
 from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import ObjectiveSpec, Scores, mean_scores
-from evomerge.objectives._nested import inner_problems, inner_specs, make_inner, observe_inner, references_of
+from evomerge.objectives._nested import (
+    fit_inner,
+    inner_problems,
+    inner_specs,
+    make_inner,
+    observe_inner,
+    references_of,
+)
 from evomerge.objectives._options import NegativeFlipsOptions, read_options
 from evomerge.objectives._references import folder_of, reference_identity, reference_problems
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 
 class NegativeFlipsObjective:
@@ -68,6 +75,10 @@ class NegativeFlipsObjective:
             hint = "name an objective with a metric such as acc or exact_match"
             problems.append(Problem(message, f"objective {self.name}", hint))
         return problems + reference_problems(self.spec, [self.options.reference])
+
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """What the inner objective says of the base's tokenizer."""
+        return fit_inner([self.inner], outline)
 
     def fingerprint(self) -> str:
         """Hash of the inner objective and the reference."""

@@ -6,6 +6,7 @@ Model Merging").
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,11 +19,14 @@ from evomerge.errors import ConfigError, Problem
 from evomerge.objectives import ObjectiveSpec, Scores, mean_scores
 from evomerge.objectives._items import Items
 from evomerge.objectives._options import ResponseLengthOptions, read_options
-from evomerge.objectives._prompts import context_of, tokens_of
+from evomerge.objectives._prompts import Tokens, context_of, fitting, noted, tokens_of
 from evomerge.scoring import backing_off
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
+
+
+LONGEST = 1 << 30  # a context for models without a limit
 
 
 class ResponseLengthObjective:
@@ -60,6 +64,10 @@ class ResponseLengthObjective:
         """Files, columns and splits."""
         return self.items.check()
 
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """Prompts that the tokenizer has no tokens for, and notes on those that are cut."""
+        return fitting(functools.partial(self._tokens, outline, split) for split in self.splits)
+
     def fingerprint(self) -> str:
         """Hash of the prompts and of what ends a response."""
         options = self.options.model_dump_json(exclude={"file", "files", "batch_size", "limit"})
@@ -71,7 +79,9 @@ class ResponseLengthObjective:
 
     def score(self, live: LiveModel, split: str, positions: Sequence[int] | None = None) -> Scores:
         """items: (N,) tokens of each response."""
-        prompts = self._tokens(live, split)
+        if split not in self._prompts:
+            self._prompts[split] = noted(live, self._tokens(live, split))
+        prompts = self._prompts[split]
         chosen = prompts if positions is None else [prompts[i] for i in positions]
         live.forget_logits()
         responses = backing_off(live, lambda: self._responses(live, chosen))
@@ -89,19 +99,14 @@ class ResponseLengthObjective:
         ends = {found} if isinstance(found, int) else set(found or ())
         return plan.run(live, ends, lambda tokens: self._stopped(live, tokens))
 
-    def _tokens(self, live: LiveModel, split: str) -> list[list[int]]:
-        if split not in self._prompts:
-            subject = f"objective {self.name}"
-            room = context_of(live, 1 << 30) - self.options.max_tokens
-            if room <= 0:
-                raise ConfigError(
-                    f"{subject}: `max_tokens: {self.options.max_tokens}` leaves no room for a prompt in the model's "
-                    f"context of {context_of(live, 1 << 30)} tokens",
-                    hint="lower it",
-                )
-            items, chat = self.items.of(split), self.options.apply_chat_template
-            self._prompts[split] = tokens_of(live, items, self.options.prompt, room, subject, chat=chat)
-        return self._prompts[split]
+    def _tokens(self, model: LiveModel | Outline, split: str) -> Tokens:
+        subject, context = f"objective {self.name}", context_of(model, LONGEST)
+        room = context - self.options.max_tokens
+        if room <= 0:
+            message = f"`max_tokens: {self.options.max_tokens}` leaves no room for a prompt in a context of {context}"
+            raise ConfigError.of([Problem(message, subject, "lower it")])
+        items, chat = self.items.of(split), self.options.apply_chat_template
+        return tokens_of(model, items, self.options.prompt, room, subject, chat=chat)
 
     def _stopped(self, live: LiveModel, tokens: list[int]) -> bool:
         text = live.tokenizer.decode(tokens)

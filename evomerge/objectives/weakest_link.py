@@ -17,6 +17,7 @@ from evomerge.errors import Problem
 from evomerge.objectives import ObjectiveSpec, Scores
 from evomerge.objectives._nested import (
     common_splits,
+    fit_inner,
     inner_problems,
     inner_specs,
     make_inner,
@@ -26,7 +27,7 @@ from evomerge.objectives._nested import (
 from evomerge.objectives._options import WeakestLinkOptions, read_options
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 
 class WeakestLinkObjective:
@@ -95,6 +96,10 @@ class WeakestLinkObjective:
             hint = "all objectives under `of:` must be better in one direction"
             problems.append(Problem(f"no weakest of {said}", f"objective {self.name}", hint))
         return problems
+
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """What the inner objectives say of the base's tokenizer."""
+        return fit_inner(self.inner, outline)
 
     def fingerprint(self) -> str:
         """Hash of the inner objectives and the temperature."""
