@@ -179,7 +179,9 @@ class Run:
     stopped: int
 
 
-def search(tasks: Objectives, table: Any, seed: int, candidates: int, rungs: tuple[float, ...]) -> Run:
+def search(
+    tasks: Objectives, optimizer_name: str, table: Any, seed: int, candidates: int, rungs: tuple[float, ...]
+) -> Run:
     """The engine's loop without its database: ask, score in rungs, tell."""
     from evomerge.fidelity import Rivals
     from evomerge.front import non_dominated
@@ -188,7 +190,7 @@ def search(tasks: Objectives, table: Any, seed: int, candidates: int, rungs: tup
 
     objectives = [TableObjective(own, table) for own in tasks]
     goals = [Goal(o.name, 0.0, 1.0) for o in objectives]
-    optimizer = make("map" if len(tasks) > 1 else "cma_es", 3, goals, seed, np.full(3, 0.25))
+    optimizer = make(optimizer_name, 3, goals, seed, np.full(3, 0.25))
     items: dict[int, list[np.ndarray]] = {}
     rivals = Rivals(seed, rungs, {o.name: True for o in objectives}, lambda number: items[number])
     full: list[tuple[Point, np.ndarray]] = []
@@ -211,7 +213,7 @@ def search(tasks: Objectives, table: Any, seed: int, candidates: int, rungs: tup
     return Run(sum(o.used for o in objectives), winner, candidates - len(full))
 
 
-def saving(setting: str, table: Any, test: Any, seeds: int, candidates: int) -> dict[str, Any]:
+def saving(setting: str, optimizer: str, table: Any, test: Any, seeds: int, candidates: int) -> dict[str, Any]:
     """Both kinds of search over the seeds."""
     from scipy.stats import t
 
@@ -222,13 +224,13 @@ def saving(setting: str, table: Any, test: Any, seeds: int, candidates: int) -> 
     pairs = []
     for seed in range(seeds):
         say(f"{setting}: seed {seed} of {seeds}")
-        pairs.append([search(tasks, table, seed, candidates, rungs) for rungs in ((1.0,), RUNGS)])
+        pairs.append([search(tasks, optimizer, table, seed, candidates, rungs) for rungs in ((1.0,), RUNGS)])
     scores = np.array([[test.items(run.winner)[every].mean() for run in pair] for pair in pairs])
     used = np.array([[run.used for run in pair] for pair in pairs])
     change = scores[:, 1] - scores[:, 0]
     half = float(t.ppf(0.975, seeds - 1) * change.std(ddof=1) / np.sqrt(seeds))
     return {
-        "setting": setting,
+        "setting": f"{setting}, {optimizer}",
         "seeds": seeds,
         "candidates": candidates,
         "items_whole": float(used[:, 0].mean()),
@@ -321,8 +323,9 @@ def main() -> None:
             safe.append(safety(setting, full, options.studies, options.candidates))
     if "saving" in options.part:
         table.fill(options.merges, say)
-        for setting in SETTINGS:
-            saved.append(saving(setting, table, test, options.seeds, options.candidates))
+        for setting, tasks in SETTINGS.items():
+            for optimizer in ("map" if len(tasks) > 1 else "cma_es", "random"):  # the engine's default, and none
+                saved.append(saving(setting, optimizer, table, test, options.seeds, options.candidates))
         if not options.small:
             table.save()
             test.save()
@@ -348,11 +351,11 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=("safety", "saving"), default=["safety", "saving"])
-    parser.add_argument("--studies", type=int, default=2000, help="to replay")
-    parser.add_argument("--merges", type=int, default=250, help="in the table")
+    parser.add_argument("--studies", type=int, default=1000, help="to replay")
+    parser.add_argument("--merges", type=int, default=225, help="in the table")
     parser.add_argument("--candidates", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--test-items", type=int, default=1000, help="per task")
+    parser.add_argument("--test-items", type=int, default=500, help="per task")
     parser.add_argument("--table", type=Path, default=ROOT / "runs" / "fidelity-zoo", help="where scores are kept")
     parser.add_argument("--small", action="store_true", help="made-up items: only shows that everything runs")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
