@@ -203,3 +203,19 @@ def test_check_finds_what_cannot_be_fed_before_any_work(work: Path, evomerge: An
     Path("study.yaml").write_text(text.replace("objectives:\n", "objectives:\n" + entry.format("beams")))
     done = evomerge("check", "study.yaml")
     assert done.returncode == 0 and "answered by lm-eval itself" in done.stderr and "num_beams" in done.stderr
+
+
+def test_the_size_of_batches_is_the_studys(work: Path, evomerge: Any) -> None:
+    """Recorded with each candidate, lowered where memory runs out, and used again by every later job."""
+    from evomerge.rescore import study_config
+    from evomerge.study import Study
+    from evomerge.worker import Job, Worker, WorkerSpec
+
+    assert evomerge("search", "study.yaml", "--inline", "-o", "budget.evaluations=3").returncode == 0
+    study = Study.load("sqlite:///runs/tiny/ledger.db", "tiny")
+    assert {c.attrs["batch_tokens"] for c in study.candidates()} == {LiveModel("base").batch_tokens}
+    config = study_config(study)
+    worker = Worker(WorkerSpec("base", ("base", "red", "green", "blue"), config.objectives, threads=1))
+    recipe = study.candidates()[1].recipe
+    assert worker.evaluate(Job(1, recipe, batch_tokens=128)).batch_tokens == 128
+    assert worker.live.batch_tokens == 128
