@@ -19,8 +19,7 @@ from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import RUNGS, WORTH_ITEMS, additive, share_text
 from evomerge.model import Outline, check_architecture, check_siblings
-from evomerge.objectives import Objective, make_objective
-from evomerge.objectives.lm_eval import LmEvalObjective
+from evomerge.objectives import Fitted, Objective, make_objective
 from evomerge.optimizers import Goal, Optimizer, make
 from evomerge.recipe import Recipe
 from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, settle, show_bytes
@@ -209,7 +208,7 @@ def _fit(base: Checkpoint, objectives: Sequence[Objective]) -> tuple[list[Proble
     problems: list[Problem] = []
     notes: list[Problem] = []
     for objective in objectives:
-        if isinstance(objective, LmEvalObjective):
+        if isinstance(objective, Fitted):
             found, said = objective.fit(outline)
             problems += found
             notes += [Problem(line) for line in said]

@@ -144,8 +144,12 @@ class Worker:
         self.live = LiveModel(spec.base, device, dtype, Tables(spec.memory.tables_bytes))
         self.weights.load()  # after the live model, which must fit whatever the budgets say
         self.objectives: list[Objective] = [make_objective(o) for o in spec.objectives]
-        observe_references(self.objectives, self.live, self.weights)
+        self._observed: set[str] = set()
+        self._observe(("search",))  # not within the time that a candidate is allowed
         self._sizes: dict[tuple[str, str], int] = {}
+
+    def _observe(self, splits: Sequence[str]) -> None:
+        observe_references(self.objectives, self.live, self.weights, splits, self._observed)
 
     def evaluate(self, job: Job) -> Outcome:
         """Merge the job's recipe into the live model and score it.
@@ -153,6 +157,7 @@ class Worker:
         Raises:
             CandidateFailure: this candidate has no scores (non-finite weights or logits).
         """
+        self._observe(job.splits)
         _reset_peak(self.live.device)
         started = time.perf_counter()
         faults.point("merging")

@@ -82,7 +82,7 @@ def observed(objective: Any, live: LiveModel) -> Any:
     """The objective after a worker would have shown it its references, and the live model is a merge again."""
     from evomerge.objectives._references import observe_references
 
-    observe_references([objective], live, Weights(list(MODELS.values())))
+    observe_references([objective], live, Weights(list(MODELS.values())), objective.splits, set())
     merged(live)
     return objective
 

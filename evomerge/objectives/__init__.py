@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from evomerge import registry
 from evomerge.errors import Problem
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 SPLITS = ("search", "validation", "test")
 
@@ -104,6 +104,15 @@ class Objective(Protocol):
 
     def aggregate(self, items: np.ndarray) -> Scores:
         """The score of items that `score` returned, from one call or joined from several; only where `partial`."""
+        ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """What an objective has too whose items go through a tokenizer and a context of limited length."""
+
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """What of the items cannot be fed to this model, and what people should know of how they are scored."""
         ...
 
 

@@ -67,19 +67,27 @@ def reference_identity(spec: ObjectiveSpec, reference: str) -> str:
     return reference if reference in spec.models else Checkpoint(reference).digest()
 
 
-def observe_references(objectives: Sequence[Objective], live: LiveModel, weights: Weights) -> None:
-    """Install each reference into the live model, once, and show it to the objectives that want to see it.
+def observe_references(
+    objectives: Sequence[Objective], live: LiveModel, weights: Weights, splits: Sequence[str], seen: set[str]
+) -> None:
+    """Install each reference into the live model and show it to the objectives that want to see it.
+
+    Args:
+        splits: those that are about to be scored.
+        seen: splits of which this has been done; those of `splits` are added.
 
     Raises:
         ConfigError: a reference cannot be scored.
     """
-    referring: list[Any] = [o for o in objectives if getattr(o, "references", ())]
+    new = [split for split in splits if split not in seen]
+    seen.update(new)
+    referring: list[Any] = [o for o in objectives if getattr(o, "references", ())] if new else []
     resident = set(weights.checkpoints)
     for reference in dict.fromkeys(r for o in referring for r in o.references):
         try:
             live.install(Recipe.build("passthrough", None, {reference: {}}), weights)
             for objective in (o for o in referring if reference in o.references):
-                for split in objective.splits:
+                for split in new:
                     objective.observe(reference, live, split)
         except CandidateFailure as error:
             raise ConfigError(f"the reference model {reference} cannot be scored: {error.message}") from error
