@@ -219,3 +219,35 @@ def test_the_size_of_batches_is_the_studys(work: Path, evomerge: Any) -> None:
     recipe = study.candidates()[1].recipe
     assert worker.evaluate(Job(1, recipe, batch_tokens=128)).batch_tokens == 128
     assert worker.live.batch_tokens == 128
+
+
+def test_a_tokenizer_that_lacks_a_token(work: Path, evomerge: Any) -> None:
+    """Both need a token that this tokenizer has lost: found by `check`, with what to do."""
+    uneven(prompt="")
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "!"}
+    for name in ("base", "red", "green", "blue"):
+        Path(name, "tokenizer_config.json").write_text(json.dumps(special))
+    task("say", "loglikelihood", "acc")
+    task("write", "generate_until", "exact_match", generation_kwargs={"until": ["x"], "max_gen_toks": 3})
+    text = Path("study.yaml").read_text()
+    rows = [f"  - {{name: {n}, kind: lm_eval, file: {n}.yaml, metric: {m}}}\n" for n, m in
+            (("say", "acc"), ("write", "exact_match"))]  # fmt: skip
+    Path("study.yaml").write_text(text.replace("objectives:\n", "objectives:\n" + "".join(rows)))
+    done = evomerge("check", "study.yaml")
+    assert done.returncode == 2, done.stderr
+    assert "neither a beginning- nor an end-of-sequence token" in done.stderr
+    assert "no end-of-sequence token, which lm-eval needs to generate" in done.stderr
+
+
+def test_one_text_file_is_divided_by_content(work: Path) -> None:
+    Path("all.txt").write_text("\n\n".join(f"Text number {i} says {i * i}." for i in range(60)))
+    made = make_objective(ObjectiveSpec("text", "perplexity", {"file": "all.txt"}))
+    assert made.check() == [] and made.splits == ("search", "validation", "test")
+    sizes = [made.size(s) for s in made.splits]
+    assert sum(sizes) == 60 and sizes[0] > sizes[1] > 0 and sizes[2] > 0
+    live = LiveModel("red")
+    assert len(made.score(live, "validation").items) == sizes[1]
+    whole = Path("all.txt").read_text().split("\n\n")
+    Path("all.txt").write_text("\n\n".join(reversed(whole)))
+    again = make_objective(ObjectiveSpec("text", "perplexity", {"file": "all.txt"}))
+    assert [again.size(s) for s in again.splits] == sizes

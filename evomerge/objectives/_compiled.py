@@ -168,6 +168,12 @@ def _generation(live: LiveModel | Outline, kwargs: dict[str, Any]) -> tuple[list
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
     harness = tokens_of(live)
+    if harness.eot_token_id is None:
+        raise CandidateFailure(
+            "the tokenizer has no end-of-sequence token, which lm-eval needs to generate",
+            hint="name one as `eos_token` in tokenizer_config.json",
+            reason="tokenizer",
+        )
     given: dict[str, Any] = dict(normalize_gen_kwargs(copy.deepcopy(kwargs), harness.max_gen_toks))
     until = handle_stop_sequences(
         given.pop("until", None), eos=harness.tok_decode(harness.eot_token_id, skip_special_tokens=False)
@@ -203,6 +209,12 @@ def _pairs(instances: Sequence[Any], live: LiveModel | Outline) -> tuple[list[Pa
         taken = harness.take()
         pairs += taken
         owners += [number] * len(taken)
+    if any(token is None for before, _ in pairs for token in before):
+        raise CandidateFailure(
+            "a prompt is empty, and the tokenizer has neither a beginning- nor an end-of-sequence token to start from",
+            hint="give the tokenizer one, or the items a prompt",
+            reason="tokenizer",
+        )
     longest = max((len(after) for _, after in pairs), default=0)
     if longest > harness.max_length:
         raise CandidateFailure(

@@ -58,7 +58,10 @@ class LmEvalOptions(_Options):
 class PerplexityOptions(_Options):
     """Options of kind `perplexity`; see `PerplexityObjective`."""
 
-    files: dict[Split, Text] = Field(description="a mapping of search (and validation, test) to text files")
+    file: Text | None = Field(None, description="a text file, whose documents are divided 60/20/20 into splits")
+    files: dict[Split, Text] | None = Field(
+        None, description="a mapping of search (and validation, test) to text files"
+    )
     limit: Count | None = Field(None, description="a positive number of documents")
     # The first token of a window may be context only: with one token, every text would score 0.
     max_tokens: Annotated[int, Field(ge=2)] | None = Field(None, description="a number of tokens, 2 or more")
@@ -66,8 +69,7 @@ class PerplexityOptions(_Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if "search" not in self.files:
-            raise ValueError("`files:` names no search file")
+        _one_source(self.file, self.files)
         return self
 
 
@@ -83,11 +85,8 @@ class _PromptOptions(_Options):
     batch_size: Count | None = Field(None, description="a positive number of prompts per forward pass")
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.file is None) == (self.files is None):
-            raise ValueError("give `file:` (divided into splits by content) or `files:` (one for each split)")
-        if self.files is not None and "search" not in self.files:
-            raise ValueError("`files:` names no search file")
+    def _consistent(self) -> Self:
+        _one_source(self.file, self.files)
         return self
 
     @property
@@ -180,6 +179,13 @@ class PythonOptions(_Options):
     )
     limit: Count | None = Field(None, description="a positive number of items per split")
     maximize: bool = Field(True, description="true or false")
+
+
+def _one_source(file: str | None, files: dict[Split, str] | None) -> None:
+    if (file is None) == (files is None):
+        raise ValueError("give `file:` (divided into splits by content) or `files:` (one for each split)")
+    if files is not None and "search" not in files:
+        raise ValueError("`files:` names no search file")
 
 
 Model = TypeVar("Model", bound=_Options)

@@ -22,6 +22,7 @@ from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
 from evomerge.objectives._compiled import Compiled, answer_by_lm_eval, obstacle, quiet
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
+from evomerge.objectives._items import split_of
 from evomerge.objectives._options import LmEvalOptions, read_options
 from evomerge.objectives._public import benchmark_problems
 from evomerge.objectives._task_files import installed_config, load_local_task
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 UNIT_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1")
 HELD_OUT = ("validation", "test")
-DERIVED_SHARES = {"search": 0.6, "validation": 0.2, "test": 0.2}
 FEWSHOT_SEED = 1234  # lm-eval's own default
 REHEARSED_ITEMS = 50
 KNOWN_ANSWERS = 50_000  # texts whose metric is remembered
@@ -311,8 +311,7 @@ class LmEvalObjective:
     def _all_ids(self, split: str, docs: Any) -> list[int]:
         if self._named_splits() is not None:
             return list(range(len(docs)))
-        low, high = _share(split)
-        return [i for i, doc in enumerate(docs) if low <= _unit_hash(doc) < high]
+        return [i for i, doc in enumerate(docs) if split_of(content_hash(doc)) == split]
 
     def _named_splits(self) -> dict[str, str] | None:
         """Our split -> the data set's split, or None when splits are derived by hash."""
@@ -425,19 +424,6 @@ def _chat_template(tokenizer: Any) -> Any:
         return text
 
     return apply
-
-
-def _unit_hash(doc: dict[str, Any]) -> float:
-    return int(content_hash(doc)[:15], 16) / 16**15
-
-
-def _share(split: str) -> tuple[float, float]:
-    low = 0.0
-    for name, share in DERIVED_SHARES.items():
-        if name == split:
-            return low, low + share if name != "test" else 1.0
-        low += share
-    raise ConfigError(f"unknown split {split!r}")
 
 
 registry.register("objectives", "lm_eval", LmEvalObjective)

@@ -17,6 +17,7 @@ import numpy as np
 from evomerge import registry
 from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
+from evomerge.objectives._items import split_of
 from evomerge.objectives._options import PerplexityOptions, read_options
 from evomerge.scoring import Plan, backing_off
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class PerplexityObjective:
     """Bits per byte over documents.
 
-    Options: `files` (search, validation and test -> a text file; documents are separated by blank lines),
+    Options: `files` (search, validation and test -> a text file; documents are separated by blank lines), or
+    one `file` whose documents are divided 60/20/20 by the hash of their content,
     `limit` (documents per split), `max_tokens` (window; at least 2; default the model's context, at most 1024),
     `batch_size` (the most windows in a forward pass; default: as memory allows). A document longer than
     the window is cut into windows that do not overlap; the first token of each is context only unless the
@@ -45,7 +47,9 @@ class PerplexityObjective:
         self.spec = spec
         self.name = spec.name
         self.options = read_options(PerplexityOptions, spec.options, f"objective {spec.name}")
-        self.files: dict[str, Path] = {s: resolve_path(spec, f) for s, f in self.options.files.items()}
+        named = {str(s): f for s, f in (self.options.files or {}).items()}
+        named = named or dict.fromkeys(SPLITS, self.options.file or "")
+        self.files: dict[str, Path] = {s: resolve_path(spec, f) for s, f in named.items()}
         self._texts: dict[str, list[str]] = {}
         self._plans: dict[tuple[str, tuple[int, ...] | None, int], Plan] = {}
 
@@ -61,7 +65,7 @@ class PerplexityObjective:
                 problems.append(Problem(f"cannot read {path}: {error}", where))
                 continue
             if not documents:
-                problems.append(Problem(f"{path} holds no text", where))
+                problems.append(Problem(f"{path} holds no text for the {split} split", where))
             for text in documents:
                 other = seen.setdefault(hashlib.sha256(text.encode()).hexdigest(), split)
                 if other != split:
@@ -76,7 +80,7 @@ class PerplexityObjective:
 
     def fingerprint(self) -> str:
         """Hash of the options and the files' contents."""
-        whole = hashlib.sha256(self.options.model_dump_json(exclude={"files", "batch_size"}).encode())
+        whole = hashlib.sha256(self.options.model_dump_json(exclude={"file", "files", "batch_size"}).encode())
         for split in self.splits:
             whole.update(self.files[split].read_bytes())
         return whole.hexdigest()
@@ -115,6 +119,8 @@ class PerplexityObjective:
         if split not in self._texts:
             text = Path(self.files[split]).read_text(encoding="utf-8")
             documents = [d.strip() for d in text.split("\n\n") if d.strip()]
+            if self.options.files is None:
+                documents = [d for d in documents if split_of(hashlib.sha256(d.encode()).hexdigest()) == split]
             self._texts[split] = documents[: self.options.limit]
         return self._texts[split]
 
