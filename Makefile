@@ -28,7 +28,7 @@ demo: $(STAMP)  ## search the demo zoo, then print the front with its test score
 	$(BIN)/evomerge status $(DEMO)
 
 test: $(STAMP) lint  ## the tests that must pass everywhere (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
 
 test-slow: $(STAMP)  ## the long proofs
 	$(BIN)/python -m pytest -m slow tests

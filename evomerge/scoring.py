@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Pair = tuple[Sequence[int], Sequence[int]]
 Result = TypeVar("Result")
 
-CPU_BATCH = 4096
+CPU_BATCH = 2048
 SMALLEST_BATCH, LARGEST_BATCH = 64, 1 << 17
 
 SHARED_GAIN = 0.75  # a masked row pays if it has at most this share of the tokens of separate rows
@@ -128,9 +128,8 @@ class Plan:
         logs, hits = [], []
         for batch in self._ready:
             logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask, batch.positions)
-            wide = logits.float()
-            chosen = wide[batch.asked, batch.tokens] - torch.logsumexp(wide, dim=-1)[batch.asked]
-            logs.append(chosen)
+            # log_softmax and not a logit minus a logsumexp, which loses the digits of probabilities near 1
+            logs.append(torch.log_softmax(logits.float(), dim=-1)[batch.asked, batch.tokens])
             hits.append(logits.argmax(dim=-1)[batch.asked] == batch.tokens)
         if not logs:
             return Likelihoods(np.zeros(self.n), np.ones(self.n, dtype=bool))

@@ -90,7 +90,7 @@ def test_lm_eval_itself_decides_the_same_item_by_item(winner: int, name: str) ->
     if config["output_type"] == "generate_until":
         assert ours == theirs
     else:
-        assert np.allclose([a[0] for a in ours], [b[0] for b in theirs], rtol=1e-4, atol=1e-6)
+        assert np.allclose([a[0] for a in ours], [b[0] for b in theirs], rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_merge_of_the_recipe_gives_identical_bytes(winner: int) -> None:

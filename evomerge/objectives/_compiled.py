@@ -36,7 +36,7 @@ NEUTRAL = {"repetition_penalty": 1.0, "num_beams": 1, "length_penalty": 1.0, "no
 
 def obstacle(instances: Iterable[Any], live: LiveModel | Outline) -> str | None:
     """Why lm-eval must answer these requests itself, or None."""
-    for kwargs in {json.dumps(i.args[1], sort_keys=True) for i in instances if i.request_type == "generate_until"}:
+    for kwargs in {json.dumps(i.args[1], sort_keys=True) for i in instances if _generates(i)}:
         _, _, rest = _generation(live, json.loads(kwargs))
         if rest:
             return f"its generation_kwargs ask for {', '.join(f'{k}: {v}' for k, v in sorted(rest.items()))}"
@@ -46,6 +46,37 @@ def obstacle(instances: Iterable[Any], live: LiveModel | Outline) -> str | None:
         if odd:
             return f"the model's generation_config.json has {', '.join(sorted(odd))}"
     return None
+
+
+def misfits(instances: Sequence[Any], live: LiveModel | Outline) -> list[str]:
+    """Notes on items that are longer than the model's context, without tokenising what must be shorter.
+
+    Raises:
+        CandidateFailure: an item can never be fed to the model.
+    """
+    room = longest_input(live) - 8  # special tokens
+    suspects, kinds = [], set()
+    for instance in sorted(instances, key=lambda i: -_size(i)):
+        kind = (instance.request_type, json.dumps(instance.args[1:] if _generates(instance) else "", sort_keys=True))
+        # A token has at least one byte. Of each kind of request one is tried; an empty prompt needs a first token.
+        if _size(instance) >= room or kind not in kinds or not instance.args[0]:
+            suspects.append(instance)
+        kinds.add(kind)
+    return Compiled(suspects, live, None).notes
+
+
+def _generates(instance: Any) -> bool:
+    return bool(instance.request_type == "generate_until")
+
+
+def _size(instance: Any) -> int:
+    """Bytes of what the model is fed, and of what it may add."""
+    if _generates(instance):
+        most = max(
+            (v for v in instance.args[1].values() if isinstance(v, int) and not isinstance(v, bool)), default=256
+        )
+        return len(instance.args[0].encode()) + int(most)
+    return sum(len(text.encode()) for text in instance.args)
 
 
 class Compiled:
@@ -66,7 +97,7 @@ class Compiled:
         self._pairs, self._owners = _pairs(self.likely, live)
         groups: dict[str, list[Any]] = defaultdict(list)
         for instance in instances:
-            if instance.request_type == "generate_until":
+            if _generates(instance):
                 groups[json.dumps(instance.args[1], sort_keys=True)].append(instance)
         self._groups = [_Group(members, live) for members in groups.values()]
         self.notes: list[str] = []

@@ -20,7 +20,7 @@ from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
 from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
-from evomerge.objectives._compiled import Compiled, answer_by_lm_eval, obstacle, quiet
+from evomerge.objectives._compiled import Compiled, answer_by_lm_eval, misfits, obstacle, quiet
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
 from evomerge.objectives._items import split_of
 from evomerge.objectives._options import LmEvalOptions, read_options
@@ -99,6 +99,7 @@ class LmEvalObjective:
         self.options = read_options(LmEvalOptions, spec.options, f"objective {spec.name}")
         self.metric, _, self._filter = self.options.metric.partition(",")
         self._config: dict[str, Any] | None = None
+        self._tasks: dict[str, Any] = {}
         self._prepared: dict[str, _Split] = {}
         self._parts: dict[tuple[str, tuple[int, ...] | None], _Part] = {}
         self._datasets: Any = None
@@ -154,18 +155,23 @@ class LmEvalObjective:
         return problems
 
     def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
-        """What of the items cannot be fed to this model, and what people should know of how they are scored."""
+        """What of the items cannot be fed to this model, and what people should know of how they are scored.
+
+        Prompts of the other splits are built only for documents longer than all of the search split's.
+        """
         problems: list[Problem] = []
         notes: list[str] = []
+        longest = -1
         for split in self.splits:
             where = f"objective {self.name}, {split} split"
-            ready = self._ready(split, outline)
+            task = self._task(split)
+            sizes = {i: len(canonical(task.eval_docs[i])) for i in self._ids(split, task)}
+            chosen = [i for i, size in sizes.items() if size > longest]
+            longest = max(longest, *sizes.values(), -1)
+            instances = self._prepare(task, chosen, outline).instances if chosen else []
             try:
-                reason = obstacle(ready.instances, outline)
-                if reason is None:
-                    lines = Compiled(ready.instances, outline, None).notes
-                else:
-                    lines = [f"answered by lm-eval itself: {reason}"]
+                reason = obstacle(instances, outline)
+                lines = [f"answered by lm-eval itself: {reason}"] if reason else misfits(instances, outline)
             except CandidateFailure as failure:
                 problems.append(Problem(failure.message, where, failure.hint))
                 continue
@@ -289,6 +295,7 @@ class LmEvalObjective:
     def _prepare(self, task: Any, ids: list[int], live: LiveModel | Outline | None = None) -> _Split:
         """Let lm-eval build the prompts; without a model, there is no chat template around them."""
         chat = self.options.apply_chat_template and live is not None
+        task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples, whatever was built before
         try:
             task.build_all_requests(
                 samples=ids,
@@ -327,8 +334,11 @@ class LmEvalObjective:
 
     def _task(self, split: str) -> Any:
         """lm-eval's task object over the documents that hold a split."""
-        if split in self._prepared:
-            return self._prepared[split].task
+        if split not in self._tasks:
+            self._tasks[split] = self._make_task(split)
+        return self._tasks[split]
+
+    def _make_task(self, split: str) -> Any:
         named = self._named_splits()
         if named is None:
             task = self._build({})
@@ -369,9 +379,7 @@ class LmEvalObjective:
                 f"{where}: lm-eval cannot load task {config.get('task')}: {error}",
                 hint="its data set must be on this machine; tasks are read offline",
             ) from error
-        task = next(iter(loaded["tasks"].values()))
-        task.set_fewshot_seed(FEWSHOT_SEED)
-        return task
+        return next(iter(loaded["tasks"].values()))
 
     def _configuration(self) -> dict[str, Any]:
         if self._config is None:
