@@ -145,6 +145,7 @@ class LiveModel:
         self.batch_tokens = default_batch_tokens(self.device, self.model.config)
         self.notes: list[str] = []
         self.shareable = _shareable(self)
+        self.decodes = _decodes(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,31 +268,70 @@ class Outline:
         self.adapters: dict[str, Any] = {}
 
 
+WINDOW_KEYS = re.compile(r"(window|window_size|chunk_size|local_attention|block_size)$")
+
+
 def _shareable(live: LiveModel) -> int:
-    """The longest row in which several continuations may share a context, 0 for none: found by trying one.
+    """The longest row in which several continuations may share a context, 0 for none: found by trying some.
 
     Architectures that ignore positions or masks of this form (ALiBi, recurrent layers, some attention kernels) give
     other logits than separate rows. The error is measured against that of a row whose second continuation sees the
-    first. A mask of ours replaces that of a sliding window, so no row may be longer than the window.
+    first. A mask of ours replaces that of a sliding window, so no row may be longer than any window of the
+    configuration; a window counted along the row instead is found by trying long rows.
     """
+    config = getattr(live.model.config, "text_config", live.model.config)
+    windows = [v for k, v in config.to_dict().items() if WINDOW_KEYS.search(k) and isinstance(v, int) and v > 1]
+    context = getattr(config, "max_position_embeddings", None) or LONGEST_SHARED
+    longest = min([LONGEST_SHARED, int(context), *windows])
+    for length in (longest, 256, 64, _PROBE):
+        if _PROBE <= length <= longest and _branches_agree(live, length):
+            return length
+    return 0
+
+
+_PROBE = 14
+
+
+def _branches_agree(live: LiveModel, length: int) -> bool:
+    """Whether a row of this length gives its last continuation the logits that it has alone."""
     vocabulary = int(live.model.get_input_embeddings().weight.shape[0])
-    tokens = tuple((7 * i + 3) % vocabulary for i in range(14))
-    context, first, second = tokens[:6], tokens[6:10], tokens[10:]
-    last = len(tokens) - 1
+    tokens = tuple((7 * i + 3 + i * i) % vocabulary for i in range(length))
+    context, first, second = tokens[:6], tokens[6:-4], tokens[-4:]
+    last = length - 1
     shared = Row(tokens, len(context), (len(context) + len(first),), ((last, 0, 0),))
     alone = Row(context + second, len(context), (), ((len(context) + len(second) - 1, 0, 0),))
     wrong = Row(tokens, len(context), (), ((last, 0, 0),))
-    found = []
-    for row in (shared, alone, wrong):
-        batch = make_batch([row], live.device, live.dtype)
-        try:
-            logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask, batch.positions)
-        except Exception:  # an attention that takes no mask of four dimensions raises whatever it likes
-            return 0
-        found.append(logits[0].double())
+    try:
+        found = [_last_logits(live, row) for row in (shared, alone, wrong)]
+    except Exception:  # an attention that takes no mask of four dimensions raises whatever it likes
+        return False
     error, scale = float((found[0] - found[1]).abs().max()), float((found[2] - found[1]).abs().max())
-    if not error <= 0.05 * scale:
-        return 0
-    config = getattr(live.model.config, "text_config", live.model.config)
-    windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return min([LONGEST_SHARED, *(int(w) for w in windows if w)])
+    return error <= 0.05 * scale
+
+
+def _last_logits(live: LiveModel, row: Row) -> Tensor:
+    batch = make_batch([row], live.device)
+    logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask(live.dtype), batch.positions)
+    return logits[0].double()
+
+
+def _decodes(live: LiveModel) -> bool:
+    """Whether prompts of unequal lengths, padded on the left, go on with a cache as they would without."""
+    vocabulary = int(live.model.get_input_embeddings().weight.shape[0])
+    short, long, token = [3 % vocabulary, 8 % vocabulary], [5 % vocabulary, 1, 9 % vocabulary, 2], 4 % vocabulary
+    device = live.device
+    ids, mask = (
+        torch.tensor([[0, 0, *short], long], device=device),
+        torch.tensor([[0, 0, 1, 1], [1] * 4], device=device),
+    )
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    one, ends = torch.ones((2, 1), dtype=torch.long, device=device), torch.tensor([0, 1], device=device)
+    try:
+        _, cache = live.logits_at(4 * ends + 3, ids, mask, positions, keep_cache=True)
+        new, _ = live.logits_at(ends, token * one, torch.cat([mask, one], 1), positions[:, -1:] + 1, cache)
+        whole = [torch.tensor([[*prompt, token]], device=device) for prompt in (short, long)]
+        plain = [live.logits_at(torch.tensor([row.shape[1] - 1], device=device), row)[0][0] for row in whole]
+    except Exception:  # recurrent models have another cache, or none
+        return False
+    error = max(float((a.double() - b.double()).abs().max()) for a, b in zip(new, plain, strict=True))
+    return error <= 0.05 * float((plain[0].double() - plain[1].double()).abs().max())

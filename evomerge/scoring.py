@@ -33,6 +33,7 @@ SMALLEST_BATCH, LARGEST_BATCH = 64, 1 << 17
 
 SHARED_GAIN = 0.75  # a masked row pays if it has at most this share of the tokens of separate rows
 LONGEST_SHARED = 1024  # masks are quadratic in the length
+MASK_CELLS = 1 << 24  # of one batch's mask
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,28 @@ class Batch:
     Attributes:
         ids: (B, L) tokens, padded on the right with 0, which no asked-for position sees.
         positions: (B, L), None for plain rows.
-        mask: (B, 1, L, L) added to the attention scores, None for plain rows.
+        branch: (B, L) 0 in the context and k in the k-th continuation, None for plain rows.
         outputs: (T,) flat places b * L + l whose output is asked for, ascending.
         asked: (n,) index into `outputs`, and (n,) tokens, of each target.
     """
 
     ids: Tensor
     positions: Tensor | None
-    mask: Tensor | None
+    branch: Tensor | None
     outputs: Tensor
     asked: Tensor
     tokens: Tensor
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, L, L) added to the attention scores; made for each pass, since it is quadratic in the length."""
+        if self.branch is None:
+            return None
+        of, width = self.branch, self.branch.shape[1]
+        seen = torch.ones(width, width, dtype=torch.bool, device=of.device).tril()
+        seen = seen & ((of[:, None, :] == 0) | (of[:, None, :] == of[:, :, None]))
+        return torch.zeros(seen.shape, dtype=dtype, device=of.device).masked_fill_(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,7 @@ class Plan:
     Args:
         pairs: contexts and continuations, neither empty.
         owners: request of each pair, ascending from 0; None is one pair per request.
+        n: number of requests, which may lack pairs; None is one per pair.
         max_length: longest input. What is longer loses tokens on the left, as in lm-eval.
         batch_tokens: size of a batch, padding included; a longer row is a batch of its own.
         share: longest row with several continuations, 0 for none (see `LiveModel.shareable`).
@@ -105,9 +118,10 @@ class Plan:
         batch_tokens: int,
         share: int,
         owners: Sequence[int] | None = None,
+        n: int | None = None,
         max_rows: int | None = None,
     ) -> None:
-        self.n = (max(owners) + 1 if owners else 0) if owners is not None else len(pairs)
+        self.n = len(pairs) if n is None else n
         rows = pack(pairs, range(len(pairs)) if owners is None else owners, max_length, share=share)
         self.batches = batches(rows, batch_tokens, max_rows)
         self._owners = np.array([t[2] for batch in self.batches for row in batch for t in row.targets], dtype=np.int64)
@@ -123,11 +137,11 @@ class Plan:
     def run(self, live: LiveModel) -> Likelihoods:
         """Compute every batch; the only wait for the device is at the end."""
         if self._device != live.device:
-            self._ready = [make_batch(rows, live.device, live.dtype) for rows in self.batches]
+            self._ready = [make_batch(rows, live.device) for rows in self.batches]
             self._device = live.device
         logs, hits = [], []
         for batch in self._ready:
-            logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask, batch.positions)
+            logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask(live.dtype), batch.positions)
             # log_softmax and not a logit minus a logsumexp, which loses the digits of probabilities near 1
             logs.append(torch.log_softmax(logits.float(), dim=-1)[batch.asked, batch.tokens])
             hits.append(logits.argmax(dim=-1)[batch.asked] == batch.tokens)
@@ -146,11 +160,13 @@ def backing_off(live: LiveModel, run: Callable[[], Result]) -> Result:
     Raises:
         RuntimeError: memory does not suffice for the smallest batch.
     """
+    settled = live.batch_tokens
     while True:
         try:
             return run()
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's
             if not _is_memory(error) or live.batch_tokens <= SMALLEST_BATCH:
+                live.batch_tokens = settled  # smaller ones did not help: not the next candidate either
                 raise
         live.batch_tokens //= 2
         if live.device.type == "cuda":
@@ -199,12 +215,10 @@ def _rows_of(
     """One row where the continuations may share it; else each its own, beside what needs no further input."""
     # A continuation whose inputs begin another's needs none of its own: single tokens, most of all.
     chains: list[tuple[tuple[int, ...], list[tuple[tuple[int, ...], int]]]] = []
-    for member in sorted(members, key=lambda m: -len(m[0])):
+    for member in sorted(members, key=lambda m: m[0][:-1], reverse=True):  # a beginning comes after what it begins
         inputs = member[0][:-1]
-        for longest, chain in chains:
-            if longest[: len(inputs)] == inputs:
-                chain.append(member)
-                break
+        if chains and chains[-1][0][: len(inputs)] == inputs:
+            chains[-1][1].append(member)
         else:
             chains.append((inputs, [member]))
     together = len(context) + sum(len(inputs) for inputs, _ in chains)
@@ -236,6 +250,7 @@ def batches(rows: Sequence[Row], batch_tokens: int, max_rows: int | None = None)
             current
             and bool(current[0].starts) == bool(row.starts)
             and (len(current) + 1) * len(current[0].tokens) <= batch_tokens
+            and not (row.starts and (len(current) + 1) * len(current[0].tokens) ** 2 > MASK_CELLS)
             and (max_rows is None or len(current) < max_rows)
         )
         if fits:
@@ -245,7 +260,7 @@ def batches(rows: Sequence[Row], batch_tokens: int, max_rows: int | None = None)
     return result
 
 
-def make_batch(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> Batch:
+def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
     """The tensors of a batch."""
     width = max(len(row.tokens) for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -254,7 +269,7 @@ def make_batch(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) ->
     places = np.array([b * width + place for b, row in enumerate(rows) for place, _, _ in row.targets])
     outputs, asked = np.unique(places, return_inverse=True)
     tokens = np.array([token for row in rows for _, token, _ in row.targets])
-    positions, mask = _branches(rows, width, dtype) if rows[0].starts else (None, None)
+    positions, branch = _branches(rows, width) if rows[0].starts else (None, None)
 
     def there(values: Any) -> Tensor:
         return torch.as_tensor(values).to(device)
@@ -262,15 +277,15 @@ def make_batch(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) ->
     return Batch(
         ids=there(ids),
         positions=None if positions is None else there(positions),
-        mask=None if mask is None else mask.to(device),
+        branch=None if branch is None else there(branch),
         outputs=there(outputs),
         asked=there(asked),
         tokens=there(tokens),
     )
 
 
-def _branches(rows: Sequence[Row], width: int, dtype: torch.dtype) -> tuple[NDArray[np.int64], Tensor]:
-    """Positions and mask of rows whose continuations see the context and themselves only."""
+def _branches(rows: Sequence[Row], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions and branches of rows whose continuations see the context and themselves only."""
     branch = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.tile(np.arange(width), (len(rows), 1))
     for b, row in enumerate(rows):
@@ -279,8 +294,4 @@ def _branches(rows: Sequence[Row], width: int, dtype: torch.dtype) -> tuple[NDAr
             branch[b, start:stop] = k
             positions[b, start:stop] = row.context + np.arange(stop - start)
         positions[b, len(row.tokens) :] = 0
-    of = torch.from_numpy(branch)
-    seen = torch.ones(width, width, dtype=torch.bool).tril()
-    seen = seen & ((of[:, None, :] == 0) | (of[:, None, :] == of[:, :, None]))
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-    return positions, mask[:, None]
+    return positions, branch

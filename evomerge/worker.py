@@ -157,13 +157,13 @@ class Worker:
         Raises:
             CandidateFailure: this candidate has no scores (non-finite weights or logits).
         """
+        if job.batch_tokens is not None:
+            self.live.batch_tokens = job.batch_tokens
         self._observe(job.splits)
         _reset_peak(self.live.device)
         started = time.perf_counter()
         faults.point("merging")
         self.live.install(job.recipe, self.weights)
-        if job.batch_tokens is not None:
-            self.live.batch_tokens = job.batch_tokens
         merged = time.perf_counter()
         scores: dict[str, dict[str, Scores]] = {}
         stopped: Stopped | None = None

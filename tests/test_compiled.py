@@ -127,6 +127,53 @@ def test_a_generation_config_with_penalties_is_left_to_lm_eval(work: Path) -> No
     assert any("repetition_penalty" in note for note in live.notes)
 
 
+@pytest.mark.parametrize("until", [[""], ["", "e"]])
+def test_an_empty_stop_string_is_left_to_lm_eval(work: Path, until: list[str]) -> None:
+    live = LiveModel("red")
+    made = task("write", "generate_until", "exact_match", generation_kwargs={"until": until, "max_gen_toks": 3})
+    made.score(live, "search")
+    assert any("stop strings" in note for note in live.notes)
+
+
+def test_a_generation_config_that_sets_the_length_is_left_to_lm_eval(work: Path) -> None:
+    live = LiveModel("red")
+    live.model.generation_config.max_new_tokens = 2
+    made = task("write", "generate_until", "exact_match", generation_kwargs={"until": ["\n"], "max_gen_toks": 9})
+    made.score(live, "search")
+    assert any("max_new_tokens" in note for note in live.notes)
+
+
+def test_generation_arguments_that_run_code_are_refused(work: Path) -> None:
+    Path("custom").mkdir()
+    made = task(
+        "write", "generate_until", "exact_match", generation_kwargs={"until": ["x"], "custom_generate": "custom"}
+    )
+    problems = made.check()
+    assert any("custom_generate" in str(p) and "not plain data" in str(p) for p in problems), problems
+
+
+def test_an_empty_choice_is_found_by_check_and_named(work: Path) -> None:
+    from evomerge.model import Outline
+
+    uneven()
+    rows = [json.loads(line) for line in Path("items.search.jsonl").read_text().splitlines()]
+    rows[5]["choices"][1] = ""
+    Path("items.search.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    problems, _ = task("pick", "multiple_choice", "acc").fit(Outline("base"))
+    assert len(problems) == 1 and "document 5" in str(problems[0]) and "search split" in str(problems[0])
+
+
+def test_an_empty_last_text_scores_zero(work: Path) -> None:
+    uneven(prompt="", answer=" one two")
+    rows = [json.loads(line) for line in Path("items.search.jsonl").read_text().splitlines()]
+    rows[-1]["answer"] = ""
+    Path("items.search.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    live, made = LiveModel("red"), task("say", "loglikelihood_rolling", "word_perplexity")
+    part = made._part("search", None, live)
+    part.answer(live)
+    assert [i.resps for i in part.split.instances][-1] == [0.0]
+
+
 def test_items_longer_than_the_context_are_named(work: Path) -> None:
     uneven(prompt="word " * 150)
     live, made = LiveModel("red"), task("pick", "multiple_choice", "acc")
@@ -237,6 +284,7 @@ def test_a_tokenizer_that_lacks_a_token(work: Path, evomerge: Any) -> None:
     assert done.returncode == 2, done.stderr
     assert "neither a beginning- nor an end-of-sequence token" in done.stderr
     assert "no end-of-sequence token, which lm-eval needs to generate" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_one_text_file_is_divided_by_content(work: Path) -> None:

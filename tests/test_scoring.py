@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +81,34 @@ def architecture(name: str) -> Any:
         "gemma2": lambda: t.Gemma2Config(**llama, sliding_window=16, final_logit_softcapping=5.0),
         "qwen3": lambda: t.Qwen3Config(**llama),
         "mistral": lambda: t.MistralConfig(**llama, sliding_window=None),
+        "gpt_neo": lambda: t.GPTNeoConfig(
+            **small,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=16,
+        ),
+        "mamba": lambda: t.MambaConfig(**small, hidden_size=32, num_hidden_layers=2, state_size=4),
         "gpt2": lambda: t.GPT2Config(**small, n_embd=32, n_layer=2, n_head=4, n_positions=128),
         "bloom": lambda: t.BloomConfig(**small, hidden_size=32, n_layer=2, n_head=4),
     }[name]()
 
 
-NAMES = ["llama", "gemma2", "qwen3", "mistral", "gpt2", "bloom"]
+NAMES = ["llama", "gemma2", "qwen3", "mistral", "gpt2", "bloom", "gpt_neo", "mamba"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_likelihoods_are_those_of_single_requests(tmp_path: Path, name: str) -> None:
     live = saved(tmp_path / name, architecture(name))
-    if name == "bloom":  # its positions come from the mask's two dimensions
-        assert live.shareable == 0
-    else:
-        assert live.shareable == (16 if name == "gemma2" else 1024)
+    # Bloom's positions come from a mask of two dimensions; mamba has no attention at all.
+    expected = {"bloom": 0, "mamba": 0, "gemma2": 16, "gpt_neo": 16}
+    assert live.shareable == expected.get(name, 128)
+    assert live.decodes == (name != "mamba")
     pairs = requests(1)
     for context, _ in pairs[:5]:
-        pairs.append((context, DecodingPlan([context], 3, batch_tokens=64).run(live, (), lambda tokens: False)[0]))
+        with torch.no_grad():
+            pairs.append((context, [int(live.model(torch.tensor([context])).logits[0, -1].argmax())]))
     totals, greedy = plainly(live, pairs)
     assert any(greedy)
     for batch_tokens in (64, 400, 4096):
@@ -148,9 +159,19 @@ def test_requests_of_several_pairs_are_sums(work: Path) -> None:
     make = {"max_length": CONTEXT, "batch_tokens": 512, "share": 1024}
     alone = Plan(pairs, **make).run(live)  # type: ignore[arg-type]
     owners = [i // 2 for i in range(len(pairs))]
-    joined = Plan(pairs, owners=owners, **make).run(live)  # type: ignore[arg-type]
-    assert np.allclose(joined.total, np.bincount(owners, weights=alone.total))
-    assert joined.greedy.tolist() == [all(alone.greedy[i : i + 2]) for i in range(0, len(pairs), 2)]
+    n = len(pairs) // 2 + 3  # the last two have no pairs
+    joined = Plan(pairs, owners=owners, n=n, **make).run(live)  # type: ignore[arg-type]
+    assert np.allclose(joined.total, np.bincount(owners, weights=alone.total, minlength=n))
+    expected = [all(alone.greedy[i : i + 2]) for i in range(0, len(pairs), 2)]
+    assert joined.greedy.tolist() == expected + [True] * (n - len(expected))
+
+
+def test_packing_many_equal_contexts_is_fast() -> None:
+    rng = np.random.default_rng(0)
+    pairs: list[Pair] = [([1], rng.integers(1, 250, 100).tolist()) for _ in range(20_000)]
+    started = time.perf_counter()
+    assert len(pack(pairs, range(len(pairs)), 200, share=0)) == len(pairs)
+    assert time.perf_counter() - started < 20  # quadratic work would take many minutes
 
 
 def test_batches_keep_to_their_size() -> None:
@@ -194,7 +215,7 @@ def test_memory_that_runs_out_halves_the_batches(work: Path) -> None:
 
     with pytest.raises(RuntimeError, match="allocate"):
         backing_off(live, never)
-    assert live.batch_tokens == 64
+    assert live.batch_tokens == 256  # as before the attempt that failed
 
     def broken() -> str:
         raise RuntimeError("shapes do not match")

@@ -26,7 +26,7 @@ LOGLIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 # Of a generation_config.json: what names tokens, and what greedy decoding does not look at.
 HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
-    "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens", "use_cache",
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "use_cache",
     "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
 }  # fmt: skip
 NEUTRAL = {"repetition_penalty": 1.0, "num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -37,7 +37,11 @@ NEUTRAL = {"repetition_penalty": 1.0, "num_beams": 1, "length_penalty": 1.0, "no
 def obstacle(instances: Iterable[Any], live: LiveModel | Outline) -> str | None:
     """Why lm-eval must answer these requests itself, or None."""
     for kwargs in {json.dumps(i.args[1], sort_keys=True) for i in instances if _generates(i)}:
-        _, _, rest = _generation(live, json.loads(kwargs))
+        until, _, rest = _generation(live, json.loads(kwargs))
+        if "" in until:
+            return "an empty text among its stop strings ends every answer after one token"
+        if not getattr(live, "decodes", True):
+            return "this architecture's cache of keys and values is not known here"
         if rest:
             return f"its generation_kwargs ask for {', '.join(f'{k}: {v}' for k, v in sorted(rest.items()))}"
         config = live.model.generation_config.to_diff_dict()
@@ -59,7 +63,8 @@ def misfits(instances: Sequence[Any], live: LiveModel | Outline) -> list[str]:
     for instance in sorted(instances, key=lambda i: -_size(i)):
         kind = (instance.request_type, json.dumps(instance.args[1:] if _generates(instance) else "", sort_keys=True))
         # A token has at least one byte. Of each kind of request one is tried; an empty prompt needs a first token.
-        if _size(instance) >= room or kind not in kinds or not instance.args[0]:
+        texts = [text for text in instance.args if isinstance(text, str)]
+        if _size(instance) >= room or kind not in kinds or not all(texts):
             suspects.append(instance)
         kinds.add(kind)
     return Compiled(suspects, live, None).notes
@@ -143,6 +148,7 @@ class Compiled:
         return Plan(
             self._pairs,
             owners=self._owners,
+            n=len(self.likely),
             max_length=longest_input(live),
             batch_tokens=live.batch_tokens,
             share=live.shareable,
@@ -230,6 +236,12 @@ def _may_end(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
 def _pairs(instances: Sequence[Any], live: LiveModel | Outline) -> tuple[list[Pair], list[int]]:
     """Tokens of contexts and continuations as lm-eval cuts them, and the request that each belongs to."""
     harness = tokens_of(live)
+    if instances and harness.prefix_token_id is None:
+        raise CandidateFailure(
+            "the tokenizer has neither a beginning- nor an end-of-sequence token, of which lm-eval needs one",
+            hint="name one in tokenizer_config.json",
+            reason="tokenizer",
+        )
     pairs: list[Pair] = []
     owners: list[int] = []
     for number, instance in enumerate(instances):
@@ -238,14 +250,14 @@ def _pairs(instances: Sequence[Any], live: LiveModel | Outline) -> tuple[list[Pa
         else:
             harness.loglikelihood([instance], disable_tqdm=True)
         taken = harness.take()
+        if any(not after for _, after in taken):
+            raise CandidateFailure(
+                f"document {instance.doc_id} has a choice or answer without any token: it has no likelihood",
+                hint="leave the item out, or give it a text",
+                reason="empty",
+            )
         pairs += taken
         owners += [number] * len(taken)
-    if any(token is None for before, _ in pairs for token in before):
-        raise CandidateFailure(
-            "a prompt is empty, and the tokenizer has neither a beginning- nor an end-of-sequence token to start from",
-            hint="give the tokenizer one, or the items a prompt",
-            reason="tokenizer",
-        )
     longest = max((len(after) for _, after in pairs), default=0)
     if longest > harness.max_length:
         raise CandidateFailure(
@@ -256,9 +268,9 @@ def _pairs(instances: Sequence[Any], live: LiveModel | Outline) -> tuple[list[Pa
     return pairs, owners
 
 
-def answer_by_lm_eval(live: LiveModel, instances: Sequence[Any], batch_size: int | None) -> None:
+def answer_by_lm_eval(live: LiveModel, instances: Sequence[Any], rows: int) -> None:
     """Let lm-eval's own loop answer every request, as its evaluator does."""
-    harness = _harness(live, batch_size or FALLBACK_ROWS)
+    harness = _harness(live, rows)
     by_type: dict[str, list[Any]] = defaultdict(list)
     for instance in instances:
         by_type[instance.request_type] += [instance] * instance.repeats

@@ -18,12 +18,20 @@ Tokens = tuple[list[list[int]], list[str]]
 
 
 def tokens_of(
-    model: LiveModel | Outline, items: Sequence[Item], column: str, max_tokens: int, subject: str, *, chat: bool = False
+    model: LiveModel | Outline,
+    items: Sequence[Item],
+    column: str,
+    max_tokens: int,
+    subject: str,
+    *,
+    chat: bool = False,
+    last: bool = False,
 ) -> Tokens:
-    """Each item's prompt as at most `max_tokens` tokens, the first ones; and what people should know of that.
+    """Each item's prompt as at most `max_tokens` tokens; and what people should know of that.
 
     Args:
         chat: put the prompt into the tokenizer's chat template, as the user's message.
+        last: of a longer prompt keep the last tokens, which an answer follows, not the first.
 
     Raises:
         ConfigError: the tokenizer makes no token of a prompt, or has no chat template.
@@ -38,8 +46,9 @@ def tokens_of(
             raise ConfigError(f"{subject}: {item.where}: the tokenizer makes no token of {text[:60]!r}")
         if len(ids) > max_tokens:
             cut.append(item.where)
-        rows.append(ids[:max_tokens])
-    said = f"{subject}: {len(cut)} prompts are cut to their first {max_tokens} tokens, the first at"
+        rows.append(ids[-max_tokens:] if last else ids[:max_tokens])
+    kept = "last" if last else "first"
+    said = f"{subject}: {len(cut)} prompts are cut to their {kept} {max_tokens} tokens, the first at"
     return rows, [f"{said} {cut[0]}"] if cut else []
 
 

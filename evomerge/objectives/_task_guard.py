@@ -32,6 +32,11 @@ KEYS = {
 }  # fmt: skip
 METRIC_KEYS = {"metric", "aggregation", "higher_is_better", "ignore_case", "ignore_punctuation", "ignore_numbers",
                "regexes_to_ignore", "multi_target"}  # fmt: skip
+GENERATION_KEYS = {
+    "until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length", "do_sample",
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "num_beams", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "min_new_tokens", "min_length", "early_stopping", "seed",
+}  # fmt: skip
 KWARGS_KEYS = {"data_files", "name", "revision", "split"}
 NODES = (
     nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.Getitem, nodes.Getattr, nodes.Filter, nodes.Test,
@@ -104,6 +109,10 @@ def _key_problems(node: yaml.MappingNode, path: Path, seen: set[Path]) -> list[P
                 found.append(Problem(f"`dataset_path: {name}` is not one of {allowed} or a hub name", where, HINT))
         elif key.value == "dataset_kwargs":
             found += _unknown_keys(value, KWARGS_KEYS, path)
+        elif key.value == "generation_kwargs":  # the rest goes to transformers, where `custom_generate` runs files
+            found += _unknown_keys(value, GENERATION_KEYS, path)
+            if not isinstance(value, yaml.MappingNode):
+                found.append(Problem("`generation_kwargs:` must be a mapping", where))
         elif key.value == "metric_list":
             for entry in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 found += _unknown_keys(entry, METRIC_KEYS, path)

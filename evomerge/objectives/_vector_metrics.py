@@ -56,7 +56,10 @@ def _choice(
     widest = max(map(len, choices))
     if sum(map(len, choices)) != len(at[0]):
         return None  # unconditional likelihoods too: acc_mutual_info
-    gold = np.array([_gold(task, doc, c) for (_, doc), c in zip(docs, choices, strict=True)])
+    golds = [_gold(task, doc, c) for (_, doc), c in zip(docs, choices, strict=True)]
+    if None in golds:
+        return None
+    gold = np.array(golds)
     divisors = np.ones((len(docs), widest))
     for row, texts in enumerate(choices):
         divisors[row, : len(texts)] = [size(text) for text in texts]
@@ -71,12 +74,14 @@ def _choice(
     return items
 
 
-def _gold(task: Any, doc: Any, choices: list[str]) -> int:
-    """Index of the right choice; -100 for none."""
+def _gold(task: Any, doc: Any, choices: list[str]) -> int | None:
+    """Index of the right choice; -100 for none; None for what lm-eval compares in a way of its own."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str):
         return choices.index(gold) if gold in choices else -100
-    return int(gold) if isinstance(gold, int) and gold < len(choices) else -100
+    if type(gold) is not int:
+        return None
+    return gold if gold < len(choices) else -100
 
 
 def _is_plain(task: Any) -> bool:

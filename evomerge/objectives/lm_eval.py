@@ -15,12 +15,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evomerge import registry
 from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
 from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
-from evomerge.objectives._compiled import Compiled, answer_by_lm_eval, misfits, obstacle, quiet
+from evomerge.objectives._compiled import (
+    FALLBACK_ROWS,
+    Compiled,
+    answer_by_lm_eval,
+    misfits,
+    obstacle,
+    quiet,
+    tokens_of,
+)
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
 from evomerge.objectives._items import split_of
 from evomerge.objectives._options import LmEvalOptions, read_options
@@ -30,8 +40,6 @@ from evomerge.objectives._vector_metrics import VectorMetric, vector_metric
 from evomerge.scoring import Likelihoods, backing_off
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from evomerge.model import LiveModel, Outline
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -39,6 +47,7 @@ UNIT_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"
 HELD_OUT = ("validation", "test")
 FEWSHOT_SEED = 1234  # lm-eval's own default
 REHEARSED_ITEMS = 50
+PROOFS = 5  # sets of made-up answers on which a vectorised metric must agree with lm-eval
 KNOWN_ANSWERS = 50_000  # texts whose metric is remembered
 
 
@@ -74,7 +83,8 @@ class _Part:
             instance.resps, instance.filtered_resps = [], {}
         if self.compiled is not None:
             return self.compiled.answer(live)
-        answer_by_lm_eval(live, self.split.instances, self.batch_size)
+        rows = min(self.batch_size or FALLBACK_ROWS, live.batch_tokens // 32)  # fewer where memory ran out
+        answer_by_lm_eval(live, self.split.instances, max(1, rows))
         return None
 
 
@@ -218,11 +228,24 @@ class LmEvalObjective:
         items: list[Any] = part.vector(found).tolist()
         if not part.proved:
             theirs = self._items(part.split)
-            if theirs != items:
+            if theirs != items or not self._agrees(part):
                 part.vector = None
                 return theirs
             part.proved = True
         return items
+
+    def _agrees(self, part: _Part) -> bool:
+        """Whether the vectorised metric is lm-eval's on made-up answers too: a model may get nothing right."""
+        assert part.vector is not None and part.compiled is not None
+        rng = np.random.default_rng(0)
+        for _ in range(PROOFS):
+            n = len(part.compiled.likely)
+            made = Likelihoods(-10.0 * rng.random(n), rng.random(n) < 0.5)
+            for instance, total, hit in zip(part.compiled.likely, made.total, made.greedy, strict=True):
+                instance.resps, instance.filtered_resps = [(float(total), bool(hit))], {}
+            if self._items(part.split) != part.vector(made).tolist():
+                return False
+        return True
 
     def _part(self, split: str, positions: Sequence[int] | None, live: LiveModel) -> _Part:
         """Some or all items of a split with their requests made ready, kept for the next candidates."""
@@ -303,7 +326,7 @@ class LmEvalObjective:
                 world_size=1,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=self.options.fewshot_as_multiturn and chat,
-                chat_template=_chat_template(live.tokenizer) if chat and live else None,
+                chat_template=tokens_of(live).apply_chat_template if chat and live else None,
                 tokenizer_name=live.path if chat and live else "",
             )
         except Exception as error:  # templates, samplers and task code raise whatever they meet
@@ -419,19 +442,6 @@ class LmEvalObjective:
                     break
         found = [p for task in tasks for p in fewshot_problems(task, held_out, where)]
         return problems + list(dict.fromkeys(found))
-
-
-def _chat_template(tokenizer: Any) -> Any:
-    def apply(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return text
-
-    return apply
 
 
 registry.register("objectives", "lm_eval", LmEvalObjective)

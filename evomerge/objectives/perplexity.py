@@ -51,7 +51,7 @@ class PerplexityObjective:
         named = named or dict.fromkeys(SPLITS, self.options.file or "")
         self.files: dict[str, Path] = {s: resolve_path(spec, f) for s, f in named.items()}
         self._texts: dict[str, list[str]] = {}
-        self._plans: dict[tuple[str, tuple[int, ...] | None, int], Plan] = {}
+        self._plans: dict[tuple[str, tuple[int, ...] | None], tuple[int, Plan]] = {}
 
     def check(self) -> list[Problem]:
         """Files exist, hold documents and share none."""
@@ -98,8 +98,7 @@ class PerplexityObjective:
         live.forget_logits()
         nats = backing_off(live, lambda: self._planned(split, positions, live).run(live)).total
         live.require_finite_logits()
-        bits = np.zeros(len(chosen))
-        bits[: len(nats)] = -nats / math.log(2)
+        bits = -nats / math.log(2)
         size = np.array([len(d.encode()) for d in chosen], dtype=np.float64)
         if not np.isfinite(bits).all():
             raise CandidateFailure(f"{self.name}: non-finite likelihood", reason="scores")
@@ -126,20 +125,22 @@ class PerplexityObjective:
 
     def _planned(self, split: str, positions: Sequence[int] | None, live: LiveModel) -> Plan:
         """The documents' windows in batches, kept for the next candidates."""
-        key = (split, None if positions is None else tuple(positions), live.batch_tokens)
-        if key not in self._plans:
+        key = (split, None if positions is None else tuple(positions))
+        if key not in self._plans or self._plans[key][0] != live.batch_tokens:
             documents = self._documents(split)
             chosen = range(len(documents)) if positions is None else positions
             windows = [(i, w) for i, at in enumerate(chosen) for w in self._windows(documents[at], live)]
-            self._plans[key] = Plan(
+            plan = Plan(
                 [(window[:1], window[1:]) for _, window in windows],
                 owners=[i for i, _ in windows],
+                n=len(chosen),
                 max_length=max((len(w) for _, w in windows), default=1),
                 batch_tokens=live.batch_tokens,
                 share=0,
                 max_rows=self.options.batch_size,
             )
-        return self._plans[key]
+            self._plans[key] = live.batch_tokens, plan
+        return self._plans[key][1]
 
     def _windows(self, text: str, live: LiveModel) -> list[list[int]]:
         """Token ids of each window; one of a single token has nothing to predict and is left out."""

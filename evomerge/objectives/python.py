@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import sys
@@ -85,7 +86,7 @@ class PythonObjective:
         live.forget_logits()
         try:
             with torch.no_grad():
-                answer = function(live.model, live.tokenizer, [dict(item.doc) for item in chosen])
+                answer = function(live.model, live.tokenizer, [copy.deepcopy(item.doc) for item in chosen])
             values = np.asarray([float(value) for value in answer], dtype=np.float64)
         except (torch.OutOfMemoryError, MemoryError):
             raise  # a reason of its own

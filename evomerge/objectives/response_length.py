@@ -106,7 +106,7 @@ class ResponseLengthObjective:
             message = f"`max_tokens: {self.options.max_tokens}` leaves no room for a prompt in a context of {context}"
             raise ConfigError.of([Problem(message, subject, "lower it")])
         items, chat = self.items.of(split), self.options.apply_chat_template
-        return tokens_of(model, items, self.options.prompt, room, subject, chat=chat)
+        return tokens_of(model, items, self.options.prompt, room, subject, chat=chat, last=True)
 
     def _stopped(self, live: LiveModel, tokens: list[int]) -> bool:
         text = live.tokenizer.decode(tokens)
