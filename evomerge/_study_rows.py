@@ -113,6 +113,9 @@ def frame_row(c: Candidate, names: Sequence[str]) -> dict[str, Any]:
     row |= dict(zip(names, c.values or [float("nan")] * len(names), strict=True))
     errors = c.stderr or [float("nan")] * len(names)
     row |= {f"stderr.{n}": e for n, e in zip(names, errors, strict=True)}
+    if c.estimate is not None and c.estimate_stderr is not None:
+        row |= {f"estimate.{n}": v for n, v in zip(names, c.estimate, strict=True)}
+        row |= {f"estimate_stderr.{n}": v for n, v in zip(names, c.estimate_stderr, strict=True)}
     row |= c.params or {}
     row["reason"] = c.reason
     for key in ("t_merge_s", "t_eval_s", "peak_bytes", "worker", "recipe_id", "same_as", "share", "beaten_by"):

@@ -100,6 +100,10 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes", {})))
     fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
     known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
+    most = config.budget.evaluations
+    if known and most is not None and most <= len(known):
+        message = f"the budget of {most} evaluations is spent on the {len(known)} known recipes: nothing is searched"
+        doubts.append(Problem(message, config.where("budget"), "raise it, or set `known_recipes: false`"))
     rungs, why_none = choose_rungs(config, objectives)
     if why_none and config.fidelity:
         hint = "set `fidelity: off`, or leave that objective out"

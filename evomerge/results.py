@@ -132,5 +132,6 @@ def _numbered(study: Study, candidates: list[Candidate], number: int) -> Candida
         raise ConfigError(f"the study {study.name!r} has no candidate {number}")
     chosen = candidates[number]
     if chosen.values is None or chosen.state != "done":
-        raise ConfigError(f"candidate {number} has no scores: {chosen.reason or chosen.state}")
+        why = chosen.stopped or chosen.reason or chosen.state
+        raise ConfigError(f"candidate {number} has no scores: {why}")
     return chosen

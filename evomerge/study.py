@@ -139,9 +139,9 @@ class Study:
         """Raise StudyConflict naming every part in which the stored study differs."""
         stored = self.header.identity
         wanted = json.loads(json.dumps(identity))
-        differing = [k for k in {**stored, **wanted} if stored.get(k) != wanted.get(k)]
+        differing = _differing(stored, wanted)
         if differing:
-            parts = "; ".join(f"{k}: stored {_short(stored.get(k))}, now {_short(wanted.get(k))}" for k in differing)
+            parts = "; ".join(f"{k}: stored {_short(a)}, now {_short(b)}" for k, (a, b) in differing.items())
             raise StudyConflict(
                 f"the study {self.name!r} was started with other settings ({parts})",
                 hint="undo the change to continue it, or choose another `name:`",
@@ -362,6 +362,18 @@ class Study:
 def study_names(storage: RDBStorage) -> list[str]:
     """Names of all studies in the database, in order of creation."""
     return [s.study_name for s in storage.get_all_studies()]
+
+
+def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs between two nested mappings, by dotted key: (in the first, in the second)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**stored, **wanted}:
+        a, b = stored.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
 
 
 def _short(value: Any) -> str:

@@ -299,3 +299,16 @@ def test_one_text_file_is_divided_by_content(work: Path) -> None:
     Path("all.txt").write_text("\n\n".join(reversed(whole)))
     again = make_objective(ObjectiveSpec("text", "perplexity", {"file": "all.txt"}))
     assert [again.size(s) for s in again.splits] == sizes
+
+
+def test_text_that_the_tokenizer_does_not_know_is_said(tmp_path: Path) -> None:
+    """The zoo's tokenizer knows some three hundred words."""
+    from evomerge.model import Outline
+
+    outline = Outline(str(ROOT / "zoo/models/base"))
+    (tmp_path / "a.txt").write_text("Ganz andere Dinge werden hier gesagt.\n\nUnd hier auch.")
+    made = make_objective(ObjectiveSpec("text", "perplexity", {"files": {"search": str(tmp_path / "a.txt")}}))
+    problems, notes = made.fit(outline)  # type: ignore[attr-defined]
+    assert not problems and len(notes) == 1 and "unknown to the tokenizer" in notes[0]
+    known = {"file": str(ROOT / "zoo/tasks/math.yaml"), "metric": "acc"}
+    assert make_objective(ObjectiveSpec("math", "lm_eval", known)).fit(outline) == ([], [])  # type: ignore[attr-defined]

@@ -12,16 +12,19 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evomerge.decoding import DecodingPlan
 from evomerge.errors import CandidateFailure
+from evomerge.objectives._vector_metrics import VectorMetric
 from evomerge.scoring import Likelihoods, Pair, Plan
 
 if TYPE_CHECKING:
     from evomerge.model import LiveModel, Outline
 
 FALLBACK_ROWS = 64
+SHARE_UNKNOWN = 0.01
 LOGLIKELIHOODS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 # Of a generation_config.json: what names tokens, and what greedy decoding does not look at.
 HARMLESS = {
@@ -50,6 +53,18 @@ def obstacle(instances: Iterable[Any], live: LiveModel | Outline) -> str | None:
         if odd:
             return f"the model's generation_config.json has {', '.join(sorted(odd))}"
     return None
+
+
+def unknown_note(tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """A note if the tokenizer turns more than 1 % of these texts into its token for what it does not know."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return []
+    ids = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    share = ids.count(unknown) / len(ids) if ids else 0.0
+    if share <= SHARE_UNKNOWN:
+        return []
+    return [f"{share:.0%} of its text is unknown to the tokenizer ({tokenizer.unk_token}): scores say little"]
 
 
 def misfits(instances: Sequence[Any], live: LiveModel | Outline) -> list[str]:
@@ -266,6 +281,43 @@ def _pairs(instances: Sequence[Any], live: LiveModel | Outline) -> tuple[list[Pa
             reason="too_long",
         )
     return pairs, owners
+
+
+@dataclass
+class Prepared:
+    """One split made ready: lm-eval's task object, the chosen documents and their requests."""
+
+    task: Any
+    docs: list[tuple[int, Any]]
+    instances: list[Any]
+    known: dict[tuple[int, tuple[str, ...]], Any] = field(default_factory=dict)  # item of a document's answers
+
+
+@dataclass
+class Part:
+    """Some items of a split, ready to be scored.
+
+    Attributes:
+        batch_size: rows in a batch; None settles it by memory.
+        compiled: None where lm-eval answers the requests itself.
+        vector: the metric for all items at once, where there is such a form.
+        proved: `vector` has been found equal to lm-eval's own items.
+    """
+
+    split: Prepared
+    batch_size: int | None
+    compiled: Compiled | None = None
+    vector: VectorMetric | None = None
+    proved: bool = False
+
+    def answer(self, live: LiveModel) -> Likelihoods | None:
+        for instance in self.split.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        if self.compiled is not None:
+            return self.compiled.answer(live)
+        rows = min(self.batch_size or FALLBACK_ROWS, live.batch_tokens // 32)  # fewer where memory ran out
+        answer_by_lm_eval(live, self.split.instances, max(1, rows))
+        return None
 
 
 def answer_by_lm_eval(live: LiveModel, instances: Sequence[Any], rows: int) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +22,21 @@ from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
 from evomerge.objectives._aggregate import aggregated, numbers_of
 from evomerge.objectives._canonical import canonical
 from evomerge.objectives._compiled import (
-    FALLBACK_ROWS,
     Compiled,
-    answer_by_lm_eval,
+    Part,
+    Prepared,
     misfits,
     obstacle,
     quiet,
     tokens_of,
+    unknown_note,
 )
 from evomerge.objectives._fewshot import content_hash, example_hashes, fewshot_problems, keep_examples_apart
 from evomerge.objectives._items import split_of
 from evomerge.objectives._options import LmEvalOptions, read_options
 from evomerge.objectives._public import benchmark_problems
 from evomerge.objectives._task_files import installed_config, load_local_task
-from evomerge.objectives._vector_metrics import VectorMetric, vector_metric
+from evomerge.objectives._vector_metrics import vector_metric
 from evomerge.scoring import Likelihoods, backing_off
 
 if TYPE_CHECKING:
@@ -49,43 +49,6 @@ FEWSHOT_SEED = 1234  # lm-eval's own default
 REHEARSED_ITEMS = 50
 PROOFS = 5  # sets of made-up answers on which a vectorised metric must agree with lm-eval
 KNOWN_ANSWERS = 50_000  # texts whose metric is remembered
-
-
-@dataclass
-class _Split:
-    """One split made ready: lm-eval's task object, the chosen documents and their requests."""
-
-    task: Any
-    docs: list[tuple[int, Any]]
-    instances: list[Any]
-    known: dict[tuple[int, tuple[str, ...]], Any] = field(default_factory=dict)  # item of a document's answers
-
-
-@dataclass
-class _Part:
-    """Some items of a split, ready to be scored.
-
-    Attributes:
-        batch_size: rows in a batch; None settles it by memory.
-        compiled: None where lm-eval answers the requests itself.
-        vector: the metric for all items at once, where there is such a form.
-        proved: `vector` has been found equal to lm-eval's own items.
-    """
-
-    split: _Split
-    batch_size: int | None
-    compiled: Compiled | None = None
-    vector: VectorMetric | None = None
-    proved: bool = False
-
-    def answer(self, live: LiveModel) -> Likelihoods | None:
-        for instance in self.split.instances:
-            instance.resps, instance.filtered_resps = [], {}
-        if self.compiled is not None:
-            return self.compiled.answer(live)
-        rows = min(self.batch_size or FALLBACK_ROWS, live.batch_tokens // 32)  # fewer where memory ran out
-        answer_by_lm_eval(live, self.split.instances, max(1, rows))
-        return None
 
 
 class LmEvalObjective:
@@ -110,8 +73,8 @@ class LmEvalObjective:
         self.metric, _, self._filter = self.options.metric.partition(",")
         self._config: dict[str, Any] | None = None
         self._tasks: dict[str, Any] = {}
-        self._prepared: dict[str, _Split] = {}
-        self._parts: dict[tuple[str, tuple[int, ...] | None], _Part] = {}
+        self._prepared: dict[str, Prepared] = {}
+        self._parts: dict[tuple[str, tuple[int, ...] | None], Part] = {}
         self._datasets: Any = None
 
     @property
@@ -185,6 +148,9 @@ class LmEvalObjective:
             except CandidateFailure as failure:
                 problems.append(Problem(failure.message, where, failure.hint))
                 continue
+            if split == "search":
+                texts = ["".join(a for a in i.args if isinstance(a, str)) for i in instances[:REHEARSED_ITEMS]]
+                lines += unknown_note(outline.tokenizer, texts)
             notes += [f"{where}: {line}" for line in lines]
         return problems, notes
 
@@ -221,7 +187,7 @@ class LmEvalObjective:
         live.require_finite_logits()
         return self._aggregated(self._results(part, found), part.split.task)
 
-    def _results(self, part: _Part, found: Likelihoods | None) -> list[Any]:
+    def _results(self, part: Part, found: Likelihoods | None) -> list[Any]:
         """The items: all at once where the metric has such a form, and it has proved equal to lm-eval's own."""
         if part.vector is None or found is None:
             return self._items(part.split)
@@ -234,7 +200,7 @@ class LmEvalObjective:
             part.proved = True
         return items
 
-    def _agrees(self, part: _Part) -> bool:
+    def _agrees(self, part: Part) -> bool:
         """Whether the vectorised metric is lm-eval's on made-up answers too: a model may get nothing right."""
         assert part.vector is not None and part.compiled is not None
         rng = np.random.default_rng(0)
@@ -247,7 +213,7 @@ class LmEvalObjective:
                 return False
         return True
 
-    def _part(self, split: str, positions: Sequence[int] | None, live: LiveModel) -> _Part:
+    def _part(self, split: str, positions: Sequence[int] | None, live: LiveModel) -> Part:
         """Some or all items of a split with their requests made ready, kept for the next candidates."""
         key = (split, None if positions is None else tuple(positions))
         if key not in self._parts:
@@ -255,8 +221,8 @@ class LmEvalObjective:
             if positions is not None:
                 docs = [ready.docs[i] for i in positions]
                 wanted = {doc_id for doc_id, _ in docs}
-                ready = _Split(ready.task, docs, [i for i in ready.instances if i.doc_id in wanted])
-            part = _Part(ready, self.options.batch_size)
+                ready = Prepared(ready.task, docs, [i for i in ready.instances if i.doc_id in wanted])
+            part = Part(ready, self.options.batch_size)
             reason = obstacle(ready.instances, live)
             if reason is None:
                 part.compiled = Compiled(ready.instances, live, self.options.batch_size)
@@ -276,7 +242,7 @@ class LmEvalObjective:
     def _aggregated(self, items: list[Any], task: Any) -> Scores:
         return aggregated(f"{self.name}: {self.metric}", task.aggregation()[self.metric], items)
 
-    def _items(self, ready: _Split) -> list[Any]:
+    def _items(self, ready: Prepared) -> list[Any]:
         """The metric's raw value for each document, from the answers in the instances."""
         if len(ready.known) > KNOWN_ANSWERS:
             ready.known.clear()
@@ -309,13 +275,13 @@ class LmEvalObjective:
     def _error(self, message: str, hint: str = "") -> ConfigError:
         return ConfigError.of([Problem(message, f"objective {self.name}", hint)])
 
-    def _ready(self, split: str, live: LiveModel | Outline) -> _Split:
+    def _ready(self, split: str, live: LiveModel | Outline) -> Prepared:
         if split not in self._prepared:
             task = self._task(split)
             self._prepared[split] = self._prepare(task, self._ids(split, task), live)
         return self._prepared[split]
 
-    def _prepare(self, task: Any, ids: list[int], live: LiveModel | Outline | None = None) -> _Split:
+    def _prepare(self, task: Any, ids: list[int], live: LiveModel | Outline | None = None) -> Prepared:
         """Let lm-eval build the prompts; without a model, there is no chat template around them."""
         chat = self.options.apply_chat_template and live is not None
         task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples, whatever was built before
@@ -332,7 +298,7 @@ class LmEvalObjective:
         except Exception as error:  # templates, samplers and task code raise whatever they meet
             raise self._error(f"lm-eval cannot build the prompts: {error!r:.300}") from error
         docs = list(task.doc_iterator(rank=0, world_size=1, samples=ids))
-        return _Split(task, docs, list(task.instances))
+        return Prepared(task, docs, list(task.instances))
 
     def _ids(self, split: str, task: Any) -> list[int]:
         """Positions of the split's items among the task's documents, ascending."""

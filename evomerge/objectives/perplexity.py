@@ -17,12 +17,13 @@ import numpy as np
 from evomerge import registry
 from evomerge.errors import CandidateFailure, ConfigError, Problem
 from evomerge.objectives import SPLITS, ObjectiveSpec, Scores, resolve_path
+from evomerge.objectives._compiled import unknown_note
 from evomerge.objectives._items import split_of
 from evomerge.objectives._options import PerplexityOptions, read_options
 from evomerge.scoring import Plan, backing_off
 
 if TYPE_CHECKING:
-    from evomerge.model import LiveModel
+    from evomerge.model import LiveModel, Outline
 
 
 class PerplexityObjective:
@@ -72,6 +73,11 @@ class PerplexityObjective:
                     problems.append(Problem(f"the {other} and {split} splits share documents", where))
                     break
         return problems
+
+    def fit(self, outline: Outline) -> tuple[list[Problem], list[str]]:
+        """Text that the tokenizer does not know compresses well and says nothing."""
+        lines = unknown_note(outline.tokenizer, self._documents("search"))
+        return [], [f"objective {self.name}, search split: {line}" for line in lines]
 
     @property
     def splits(self) -> tuple[str, ...]:
