@@ -245,7 +245,8 @@ def test_warnings_reach_check_search_and_merge_and_stop_nothing(work: Path, run:
     assert "15 of 20 tensors differ, median relative distance 0.1," in lines["expert red"]
     assert "equals the base in all 20 tensors" in lines["expert green"]
     code, out, err = run("search", "study.yaml", "--inline")
-    assert (code, out) == (0, "") and err.count("warning:") == 2, err
+    assert "the budget of 2 evaluations is spent on the 10 known recipes: nothing is searched" in err
+    assert (code, out) == (0, "") and err.count("warning:") == 3, err
     Path("r.yaml").write_text(
         "merge_method: dare_linear\nbase_model: base\nmodels:\n- model: red\n"
         "- model: green\n- {model: blue, parameters: {density: 0.5}}\n"
