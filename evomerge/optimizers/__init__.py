@@ -1,6 +1,29 @@
 """Optimizers: ask for points, tell results; one file each, found through the registry."""
 
 from evomerge.optimizers._contract import check_optimizer
-from evomerge.optimizers._core import Goal, Optimizer, Result, make
+from evomerge.optimizers._core import (
+    Exhausted,
+    Facts,
+    Goal,
+    Level,
+    Optimizer,
+    Recommendation,
+    Recommends,
+    Result,
+    make,
+    violation,
+)
 
-__all__ = ["Goal", "Optimizer", "Result", "check_optimizer", "make"]
+__all__ = [
+    "Exhausted",
+    "Facts",
+    "Goal",
+    "Level",
+    "Optimizer",
+    "Recommendation",
+    "Recommends",
+    "Result",
+    "check_optimizer",
+    "make",
+    "violation",
+]

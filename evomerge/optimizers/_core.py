@@ -4,6 +4,10 @@ An optimizer's state is a pure function of the sequence of results that it was t
 that sequence and never asks again, so `ask` may not change anything that a later `ask` depends on, and it
 draws from `rng_for(seed, number)` only. Nothing here knows recipes, genes or the study: points are numpy
 vectors in the unit cube, and values are larger-is-better.
+
+Two methods are required (`ask`, `tell`), one is optional: `recommend`, for optimizers that know points which are better
+than the best result seen (a surrogate's optimum, a distribution's mean). What a search knows of its space beyond the
+dimension comes as `Facts` to those classes that have a keyword `facts`; it is no option that a person sets.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from evomerge import registry
 from evomerge.errors import ConfigError, Problem
 
 Array = NDArray[np.float64]
+FACTS = "facts"
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,92 @@ class Result:
 
     `x` is its point `(d,)` in the unit cube, or None where the recipe lies outside the space. `values` `(m,)`
     are larger-is-better, or None where the candidate failed. `stderr` `(m,)` holds the standard errors
-    of the values; NaN or None where unknown.
+    of the values; NaN or None where unknown. `floors` `(m,)` are the constraints as they are known at this moment: a
+    result with a value below its floor is infeasible; -inf, or None for all, where there is no constraint.
+    `items` are the results of single items, one array `(n_j,)` per goal, or None.
     """
 
     number: int
     x: Array | None
     values: Array | None
     stderr: Array | None = None
+    floors: Array | None = None
+    items: Sequence[Array] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A coarser space inside the cube: x = clip(origin + matrix @ z) for z in its own unit cube [0, 1]^k.
+
+    Attributes:
+        matrix: (d, k).
+        origin: (d,).
+    """
+
+    name: str
+    matrix: Array
+    origin: Array
+
+    @property
+    def dim(self) -> int:
+        """The number of dimensions k of the level."""
+        return int(self.matrix.shape[1])
+
+    def embed(self, z: Array) -> Array:
+        """Return the point `(d,)` of the whole cube, or `(n, d)` for `(n, k)`."""
+        return np.clip(self.origin + np.asarray(z, dtype=np.float64) @ self.matrix.T, 0.0, 1.0)
+
+    def project(self, x: Array, tolerance: float = 1e-3) -> Array | None:
+        """Return the level's point `(k,)` of a point of the cube, or None if it is not in the level.
+
+        `tolerance` covers the rounding of recipes to 4 decimals.
+        """
+        z = np.clip(np.linalg.pinv(self.matrix) @ (x - self.origin), 0.0, 1.0)
+        return z if bool((np.abs(self.embed(z) - x) <= tolerance).all()) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a search knows of its cube, its budget and its workers.
+
+    Attributes:
+        cells: (d,) of how many equal cells a coordinate consists; 0 where it is continuous.
+        categorical: (d,) whether the cells have no order.
+        zero: (d,) the point of the unmerged base; None if the cube does not hold it.
+        experts: (d,) index of the expert that a coordinate weighs; -1 for one that concerns all.
+        levels: nested spaces, coarse to fine; the last is the whole cube.
+        workers: parallel evaluations.
+        evaluations: how many candidates the search may ask for in all; None if time ends it.
+    """
+
+    cells: NDArray[np.intp]
+    categorical: NDArray[np.bool_]
+    zero: Array | None
+    experts: NDArray[np.intp]
+    levels: tuple[Level, ...]
+    workers: int = 1
+    evaluations: int | None = None
+
+    @classmethod
+    def plain(cls, dim: int, workers: int = 1, evaluations: int | None = None) -> Facts:
+        """Return the facts of a continuous cube of which nothing else is known."""
+        whole = Level("whole", np.eye(dim), np.zeros(dim))
+        minus = np.full(dim, -1, dtype=np.intp)
+        return cls(
+            np.zeros(dim, dtype=np.intp), np.zeros(dim, dtype=np.bool_), None, minus, (whole,), workers, evaluations
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Recommendation:
+    """A point worth scoring in full before the winner is chosen, and why: "surrogate optimum", "mean of CMA-ES"."""
+
+    x: Array
+    why: str
+
+
+class Exhausted(Exception):
+    """Raised by `ask`: there is nothing left to propose. Its message says why, for people."""
 
 
 @runtime_checkable
@@ -57,10 +141,30 @@ class Optimizer(Protocol):
     """Ask for points, tell results."""
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
-        """Return the point `(d,)` in [0, 1]^d for candidate `number`; `pending` are points still running."""
+        """Return the point `(d,)` in [0, 1]^d for candidate `number`; `pending` are points still running.
+
+        Raises:
+            Exhausted: there is nothing left to propose.
+        """
 
     def tell(self, result: Result) -> None:
         """Take one result, in the study's order; failed and out-of-space results are welcome."""
+
+
+@runtime_checkable
+class Recommends(Protocol):
+    """An optimizer that knows more than the best result seen."""
+
+    def recommend(self) -> Sequence[Recommendation]:
+        """Return points, best first, that the results so far make the best; changes nothing. Empty if none is known."""
+
+
+def violation(values: Array, floors: Array | None) -> float:
+    """Return by how much values `(m,)` miss their floors, summed; 0 if feasible."""
+    if floors is None:
+        return 0.0
+    missing = np.where(np.isfinite(floors), floors - values, 0.0)
+    return float(np.maximum(missing, 0.0).sum())
 
 
 def rng_for(seed: int, number: int) -> np.random.Generator:
@@ -121,11 +225,12 @@ def make(
     seed: int,
     start: Array,
     options: Mapping[str, Any] | None = None,
+    facts: Facts | None = None,
 ) -> Optimizer:
     """Return the optimizer registered as `name`.
 
     `start` `(d,)` is a sensible point to begin from (unit cube). The options are the keyword-only parameters of
-    the optimizer's class.
+    the optimizer's class, `facts` excepted, which are passed on to classes that have such a parameter.
 
     Raises:
         ConfigError: unknown optimizer, unknown option, or an option's value out of range.
@@ -148,10 +253,13 @@ def make(
     if problems:
         raise ConfigError.of(problems, "the optimizer's options")
     start = np.clip(start, 0.0, 1.0)
-    return factory(dim, tuple(goals), seed, start, **dict(options or {}))
+    given = dict(options or {})
+    if FACTS in inspect.signature(factory).parameters:
+        given[FACTS] = facts or Facts.plain(dim)
+    return factory(dim, tuple(goals), seed, start, **given)
 
 
 def option_defaults(factory: Callable[..., Any]) -> dict[str, Any]:
     """Return the options of an optimizer with their defaults: its keyword-only parameters."""
     parameters = inspect.signature(factory).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != FACTS}
