@@ -81,6 +81,12 @@ class Candidate:
         return f"stopped at {share_text(self.attrs['share'])}, beaten by #{self.attrs['beaten_by']}"
 
     @property
+    def source(self) -> str | None:
+        """Who recommended this candidate to be scored in full, if anybody did."""
+        found: str | None = self.attrs.get("source")
+        return found
+
+    @property
     def recipe(self) -> Recipe:
         """The recipe, read from its text at each call: a study of many candidates opens at once."""
         return Recipe.from_yaml(self.attrs["recipe"], f"candidate {self.number}")

@@ -85,7 +85,7 @@ def run_search(
             _stop_on_signals(stop, command) as received,
             Progress(study.header.objectives, budget, done, len(prepared.known), quiet) as progress,
         ):
-            reason = Search(
+            ending = Search(
                 study=study,
                 space=prepared.space,
                 optimizer=prepared.make_optimizer(study.header),
@@ -107,8 +107,9 @@ def run_search(
     study.release()
     finished = [c for c in study.candidates() if c.state != "running"]
     say(f"{len(finished)} candidates, {len(front_of(study, finished))} on the front")
-    if reason == "stopped":
-        say(f"stopped; continue with: {command}")
+    say(f"ended: {ending.why}")
+    if ending.stopped:
+        say(f"continue with: {command}")
         return 128 + (received[0] if received else signal.SIGINT)
     return 0
 

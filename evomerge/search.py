@@ -13,42 +13,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from evomerge import faults
 from evomerge.errors import TooManyFailures
-from evomerge.fidelity import Rivals, Stopped
+from evomerge.events import Budget, Ending, Event
+from evomerge.fidelity import Stopped
+from evomerge.history import Floors, History, oriented
 from evomerge.objectives import Scores
-from evomerge.optimizers import Optimizer, Result
+from evomerge.optimizers import Exhausted, Optimizer, Recommends
 from evomerge.pool import Pool
 from evomerge.recipe import Recipe
 from evomerge.space import Natural, SearchSpace
 from evomerge.study import Candidate, Study
 from evomerge.worker import Failed, Job, Outcome
 
+__all__ = ["Budget", "Ending", "Event", "Search", "oriented"]
+
 HOPELESS = 10  # so many failures in a row, and nothing else, end a search
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop asking: candidates in the study, or seconds of searching; None is no limit."""
-
-    evaluations: int | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Event:
-    """One candidate is recorded as finished: what a progress display needs."""
-
-    number: int
-    label: str | None
-    values: tuple[float, ...] | None
-    stderr: tuple[float, ...] | None
-    reason: str | None
-    same_as: int | None
-    elapsed_s: float
-    stopped: str | None = None
+REPEATS = 100  # so many proposals in a row that were known already, and none in flight, end one too
+CONFIRMED = 4  # candidates at the end of a budget that the optimizer recommends, at most ...
+CONFIRMED_SHARE = 0.1  # ... this share of what the budget leaves beside the known recipes
 
 
 @dataclass
@@ -61,6 +45,7 @@ class Search:
         on_event: called after each candidate's record is durable.
         stop: set it to stop asking; candidates in flight are still recorded.
         on_note: told once what people should know of how the workers score.
+        floors: what constraints demand; see `History`.
     """
 
     study: Study
@@ -72,9 +57,10 @@ class Search:
     on_event: Callable[[Event], None] = field(default=lambda event: None)
     stop: threading.Event = field(default_factory=threading.Event)
     on_note: Callable[[str], None] = field(default=lambda note: None)
+    floors: Floors = field(default=lambda labelled: None)
 
-    def run(self) -> str:
-        """Search until the budget is spent or `stop` is set; returns "budget" or "stopped".
+    def run(self) -> Ending:
+        """Search until the budget is spent, `stop` is set, or nothing is left to propose.
 
         Raises:
             TooManyFailures: no candidate gets a score.
@@ -87,7 +73,7 @@ class Search:
                 while self._may_ask() and len(self._in_flight) < self._workers().size:
                     self._propose()
                 if not self._in_flight:
-                    return "stopped" if self.stop.is_set() else "budget"
+                    return self._ending()
                 for result in self._workers().wait(timeout_s=1.0):
                     self._record(result)
         finally:
@@ -108,11 +94,11 @@ class Search:
         self._points: dict[int, np.ndarray] = {}
         self._waiting: dict[int, list[int]] = {}
         self._labels: dict[int, str | None] = {}
-        self._finished: dict[str, Candidate] = {}
-        self._failures_in_a_row = 0
+        self._sources: dict[int, str] = {}
         self._notes: set[str] = set()
-        header = self.study.header
-        self._rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, self.study.items)
+        self._exhausted: str | None = None
+        wants_items = bool(getattr(self.optimizer, "wants_items", False))
+        self._history = History(self.study, self.space, self.floors, wants_items=wants_items)
         candidates = self.study.candidates()
         self._count = len(candidates)
         ended = sorted((c for c in candidates if c.state != "running"), key=lambda c: c.arrival or 0)
@@ -121,28 +107,35 @@ class Search:
         # All candidates share one size of batches, since the last bits of a score depend on it. Memory may lower it.
         self._batch_tokens = min((c.attrs["batch_tokens"] for c in ended if "batch_tokens" in c.attrs), default=None)
         for candidate in ended:
-            self._keep(candidate)
-            self._tell(candidate)
+            self._history.add(candidate)
+            self.optimizer.tell(self._history.result(candidate))
         for candidate in candidates:
             if candidate.state == "running":
+                if candidate.source is not None:
+                    self._sources[candidate.number] = candidate.source
                 self._launch(candidate.number, candidate.label, candidate.recipe, candidate.params)
-
-    def _keep(self, candidate: Candidate) -> None:
-        """Remember the first candidate of each recipe; later ones have to beat those that were scored in full."""
-        if candidate.fingerprint not in self._finished:
-            self._finished[candidate.fingerprint] = candidate
-            if candidate.values is not None:
-                self._rivals.add(candidate.number, candidate.values)
 
     def _elapsed_s(self) -> float:
         return self._before_s + time.monotonic() - self._clock
 
     def _may_ask(self) -> bool:
-        if self.stop.is_set():
+        if self.stop.is_set() or self._exhausted is not None:
+            return False
+        if self._history.copies_in_a_row >= REPEATS:
+            self._exhausted = f"the last {REPEATS} proposals repeat recipes that are scored: the space holds no others"
             return False
         if self.budget.evaluations is not None and self._count >= self.budget.evaluations:
             return False
         return self.budget.seconds is None or self._elapsed_s() < self.budget.seconds
+
+    def _ending(self) -> Ending:
+        if self.stop.is_set():
+            return Ending("stopped on request", stopped=True)
+        if self._exhausted is not None:
+            return Ending(self._exhausted)
+        if self.budget.evaluations is not None and self._count >= self.budget.evaluations:
+            return Ending(f"the budget of {self.budget.evaluations} evaluations is spent")
+        return Ending(f"the budget of {(self.budget.seconds or 0.0) / 3600:g} hours is spent")
 
     # ---------------------------------------------------------------- out
 
@@ -151,27 +144,57 @@ class Search:
         number = self._count
         faults.point("proposing")
         label: str | None = None
+        source: str | None = None
         if number < len(self.known):
             label, recipe = self.known[number]
             params = self.space.point_of(recipe)
         else:
-            pending = [x for _, x in sorted(self._points.items())]
-            params = self.space.decode(self.optimizer.ask(number, pending))
+            try:
+                params, source = self._recommended() or (self._asked(number), None)
+            except Exhausted as error:
+                self._exhausted = str(error)
+                return
             recipe = self.space.recipe(params)
         domains = {g.name: g.domain for g in self.space.genes}
-        recorded = self.study.propose(recipe, params, domains, label)
+        recorded = self.study.propose(recipe, params, domains, label, source)
         if recorded != number:
             raise RuntimeError(f"candidate {number} was recorded as {recorded}: two controllers?")
         faults.point("recording")
         self._count += 1
+        if source is not None:
+            self._sources[number] = source
         self._launch(number, label, recipe, params)
+
+    def _asked(self, number: int) -> dict[str, Natural]:
+        pending = [x for _, x in sorted(self._points.items())]
+        return self.space.decode(self.optimizer.ask(number, pending))
+
+    def _recommended(self) -> tuple[dict[str, Natural], str] | None:
+        """At the end of a budget of evaluations, the next point that the optimizer expects to be the best, and why.
+
+        The winner is chosen among whole scores: what the optimizer knows better than any result has to get one.
+        """
+        if self.budget.evaluations is None or not isinstance(self.optimizer, Recommends):
+            return None
+        searched = self.budget.evaluations - len(self.known)
+        if self.budget.evaluations - self._count > min(CONFIRMED, int(searched * CONFIRMED_SHARE)):
+            return None
+        flying = {recipe.fingerprint for recipe in self._in_flight.values()}
+        for found in self.optimizer.recommend():
+            params = self.space.decode(found.x)
+            fingerprint = self.space.recipe(params).fingerprint
+            held = self._history.finished.get(fingerprint)
+            if fingerprint not in flying and (held is None or held.state == "stopped"):
+                return params, found.why
+        return None
 
     def _launch(self, number: int, label: str | None, recipe: Recipe, params: Mapping[str, Natural] | None) -> None:
         """Evaluate a recorded candidate, unless an equal recipe has been or is being evaluated."""
         self._labels[number] = label
         fingerprint = recipe.fingerprint
-        earlier = self._finished.get(fingerprint)
-        if earlier is not None:
+        to_the_end = number < len(self.known) or number in self._sources
+        earlier = self._history.finished.get(fingerprint)
+        if earlier is not None and not (to_the_end and earlier.state == "stopped"):
             self._copy(number, earlier)
             return
         twin = next((n for n, r in self._in_flight.items() if r.fingerprint == fingerprint), None)
@@ -181,7 +204,7 @@ class Search:
         if twin is not None:
             self._waiting.setdefault(twin, []).append(number)
             return
-        race = self._rivals.race(to_the_end=number < len(self.known))
+        race = self._history.rivals.race(to_the_end=to_the_end)
         # The first candidate is scored twice: whether scores repeat is worth knowing before they are compared.
         self._workers().submit(Job(number, recipe, race=race, batch_tokens=self._batch_tokens, twice=number == 0))
 
@@ -200,11 +223,9 @@ class Search:
             self._close(number, result.scores, result.attrs, result.stopped)
         else:
             self._close_failed(number, result.reason, result.message)
-        done = self._finished[self._in_flight[number].fingerprint]
         del self._in_flight[number]
         for twin in self._waiting.pop(number, []):
-            self._copy(twin, done)
-            del self._in_flight[twin]
+            self._launch(twin, self._labels[twin], self._in_flight.pop(twin), None)
 
     def _copy(self, number: int, earlier: Candidate) -> None:
         """Record a candidate whose recipe is known already: nothing is scored twice."""
@@ -246,7 +267,7 @@ class Search:
         candidate = self.study.candidate(number)
         self._arrivals += 1
         self._points.pop(number, None)
-        self._keep(candidate)
+        self._history.add(candidate)
         self.on_event(
             Event(
                 number=number,
@@ -257,32 +278,13 @@ class Search:
                 same_as=candidate.attrs.get("same_as", same_as),
                 elapsed_s=elapsed,
                 stopped=candidate.stopped,
+                source=self._sources.pop(number, None),
             )
         )
         faults.point("telling")
-        self._tell(candidate)
-        if self._failures_in_a_row >= HOPELESS and not any(c.state == "done" for c in self._finished.values()):
+        self.optimizer.tell(self._history.result(candidate))
+        if self._history.failures_in_a_row >= HOPELESS and not self._history.anything_done:
             raise TooManyFailures(
-                f"the first {self._failures_in_a_row} candidates all failed, the last with: {candidate.reason}",
+                f"the first {self._history.failures_in_a_row} candidates all failed, the last with: {candidate.reason}",
                 hint="`evomerge status` lists the reasons",
             )
-
-    def _tell(self, candidate: Candidate) -> None:
-        self._failures_in_a_row = self._failures_in_a_row + 1 if candidate.state == "failed" else 0
-        # A stopped candidate counts with its estimate: leaving the beaten ones out would bias every ranking.
-        values, stderr = candidate.values or candidate.estimate, candidate.stderr or candidate.estimate_stderr
-        ups = list(self.study.header.objectives.values())
-        self.optimizer.tell(
-            Result(
-                number=candidate.number,
-                x=self.space.encode(candidate.params) if candidate.params else None,
-                values=oriented(values, ups) if values is not None else None,
-                stderr=np.array(stderr) if stderr is not None else None,
-            )
-        )
-
-
-def oriented(values: ArrayLike, maximize: Sequence[bool]) -> np.ndarray:
-    """Values with larger-is-better signs. values: (M,) or (N, M)."""
-    signs = np.where(np.asarray(maximize), 1.0, -1.0)
-    return np.asarray(values, dtype=np.float64) * signs

@@ -155,10 +155,13 @@ class Study:
         params: Mapping[str, Natural] | None,
         domains: Mapping[str, Sequence[Natural] | tuple[float, float, bool]],
         label: str | None = None,
+        source: str | None = None,
     ) -> int:
         """Record a candidate as RUNNING in one transaction and return its number.
 
         Args:
+            label: of a known recipe.
+            source: why a candidate is scored in full, whatever its scores are: who recommended it.
             params: gene -> natural value; None for a recipe outside the space.
             domains: gene -> (low, high, log), ints for whole numbers, or the list of its choices.
         """
@@ -166,6 +169,8 @@ class Study:
         attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint}
         if label is not None:
             attrs["label"] = label
+        if source is not None:
+            attrs["source"] = source
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(params or {}),

@@ -14,11 +14,11 @@ LAYERS = (
      "space", "_space_form", "_space_genes", "_space_parts", "methods", "optimizers", "surrogate", "front", "testing",
      "feasible", "fidelity", "intervals"},
     {"weights", "family", "residency", "model", "scoring", "decoding", "objectives", "storage", "study", "_study_rows"},
-    {"worker", "pool", "search"},
+    {"worker", "pool", "search", "history", "events"},
     {"config", "objective_entries", "evolve_file", "prepare", "rescore", "gains", "results", "export", "card",
      "catalogue", "progress", "output", "commands", "cli", "__main__"},
 )  # fmt: skip
-ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker
+ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker; history is read by search
 
 # Outside libraries that only some files may name; lazily or not.
 OWNERS = {

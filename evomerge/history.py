@@ -1,0 +1,93 @@
+"""What a search knows from its study: which recipes are scored, whom to beat, which constraints hold, what to tell.
+
+Everything here is rebuilt from the study's candidates, in the order in which they ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from evomerge.fidelity import Rivals
+from evomerge.optimizers import Result
+from evomerge.space import SearchSpace
+from evomerge.study import Candidate, Study
+
+Floors = Callable[[Mapping[str, Sequence[float]]], np.ndarray | None]
+
+
+class History:
+    """The ended candidates of a study, as its search needs them.
+
+    Args:
+        floors: from the values of the labelled candidates known so far, in the objectives' own directions, to the
+            least (M,) that a candidate must reach, larger is better; None without constraints.
+        wants_items: whether results carry the items of single candidates.
+
+    Attributes:
+        finished: fingerprint -> the first candidate with that recipe, or the first that was scored in full.
+        failures_in_a_row: at the end of the study.
+        copies_in_a_row: candidates whose recipe was known already, at the end of the study.
+    """
+
+    def __init__(self, study: Study, space: SearchSpace, floors: Floors, *, wants_items: bool) -> None:
+        header = study.header
+        self.finished: dict[str, Candidate] = {}
+        self.failures_in_a_row = 0
+        self.copies_in_a_row = 0
+        self.rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, study.items)
+        self._study, self._space, self._wants_items = study, space, wants_items
+        self._ups = list(header.objectives.values())
+        self._labelled: dict[str, Sequence[float]] = {}
+        self._floors_of = floors
+        self._floors: np.ndarray | None = floors({})
+
+    def add(self, candidate: Candidate) -> None:
+        """Remember an ended candidate; later ones have to beat those that were scored in full."""
+        self.failures_in_a_row = self.failures_in_a_row + 1 if candidate.state == "failed" else 0
+        self.copies_in_a_row = self.copies_in_a_row + 1 if "same_as" in candidate.attrs else 0
+        held = self.finished.get(candidate.fingerprint)
+        if held is not None and (held.state != "stopped" or candidate.state != "done"):
+            return
+        self.finished[candidate.fingerprint] = candidate
+        if candidate.values is None:
+            return
+        self.rivals.add(candidate.number, candidate.values)
+        if candidate.label is not None:
+            self._labelled[candidate.label] = candidate.values
+            self._floors = self._floors_of(self._labelled)
+
+    @property
+    def anything_done(self) -> bool:
+        """Whether any candidate has scores."""
+        return any(c.state == "done" for c in self.finished.values())
+
+    def result(self, candidate: Candidate) -> Result:
+        """What the optimizer is told of an ended candidate."""
+        # A stopped candidate counts with its estimate: leaving the beaten ones out would bias every ranking.
+        values, stderr = candidate.values or candidate.estimate, candidate.stderr or candidate.estimate_stderr
+        whole = candidate.values is not None and "same_as" not in candidate.attrs
+        return Result(
+            number=candidate.number,
+            x=self._space.encode(candidate.params) if candidate.params else None,
+            values=oriented(values, self._ups) if values is not None else None,
+            stderr=np.array(stderr) if stderr is not None else None,
+            floors=self._floors,
+            items=self._items(candidate.number) if self._wants_items and whole else None,
+        )
+
+    def _items(self, number: int) -> list[np.ndarray]:
+        """The items (N,) of each objective, larger is better; ratios (N, 2) as the ratio of each item."""
+        found = []
+        for items, up in zip(self._study.items(number), self._ups, strict=True):
+            flat = items[:, 0] / items[:, 1] if items.ndim == 2 else items
+            found.append(flat if up else -flat)
+        return found
+
+
+def oriented(values: ArrayLike, maximize: Sequence[bool]) -> np.ndarray:
+    """Values with larger-is-better signs. values: (M,) or (N, M)."""
+    signs = np.where(np.asarray(maximize), 1.0, -1.0)
+    return np.asarray(values, dtype=np.float64) * signs
