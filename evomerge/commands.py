@@ -101,6 +101,7 @@ def run_search(
                 on_event=progress.event,
                 on_note=lambda note: say(f"note: {note}"),
                 stop=stop,
+                floors=prepared.floors,
             ).run()
     except StorageError as error:
         raise StorageError(error.message, hint=f"what was recorded is safe; continue with: {command}") from error

@@ -19,6 +19,7 @@ from evomerge.strict_yaml import Document, load_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+Limit = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 DEFAULT_EVALUATIONS = 100
 
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(|k|M|G|T|Ki|Mi|Gi|Ti)B")
@@ -93,6 +94,7 @@ class _StudyFile(_Strict):
     workers: Annotated[int, Field(gt=0, le=1024)] | Workers = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     known_recipes: bool = True
+    constraints: list[Limit] = []
     fidelity: Annotated[tuple[float, ...] | None, BeforeValidator(read_rungs)] = None
 
 
@@ -106,6 +108,7 @@ class StudyConfig:
         experts: name -> checkpoint folder, in order.
         space: the space's specification, and where it came from.
         optimizer: name and options; None leaves the choice to the number of objectives.
+        constraints: as the file has them; `evomerge.constraints` reads them.
         fidelity: rungs as the file gives them, empty for `off`; None leaves the choice to evomerge.
         notes: messages about keys that had no equivalent (mergekit-evolve files).
         document: the study file's data with their lines; `space_document` that of the space, where `space_path`
@@ -127,6 +130,7 @@ class StudyConfig:
     workers: Workers
     seed: int
     known_recipes: bool = True
+    constraints: tuple[str, ...] = ()
     fidelity: tuple[float, ...] | None = None
     notes: tuple[str, ...] = field(default=())
     document: Document = field(default_factory=lambda: Document({}), repr=False)
@@ -246,6 +250,7 @@ def parse_study(
         workers=workers,
         seed=parsed.seed,
         known_recipes=parsed.known_recipes,
+        constraints=tuple(parsed.constraints),
         fidelity=parsed.fidelity,
         notes=tuple(notes),
         document=document,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from evomerge.config import StudyConfig
+from evomerge.constraints import Constraint, floors, read_constraints
 from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
 from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
@@ -51,11 +54,16 @@ class Prepared:
     known: tuple[tuple[str, Recipe], ...]
     worker: WorkerSpec
     summary: dict[str, Any]
+    constraints: tuple[Constraint, ...] = ()
     warnings: tuple[Problem, ...] = ()
 
     def make_optimizer(self, header: Header) -> Optimizer:
         """A fresh optimizer, ready to be told the history of the study with this header."""
         return _optimizer(self.config, self.space, self.objectives, header.workers)
+
+    def floors(self, labelled: Mapping[str, Sequence[float]]) -> np.ndarray | None:
+        """The least (M,) that the constraints allow, larger is better, from the values of known recipes; None: any."""
+        return floors(self.constraints, self.header.objectives, labelled) if self.constraints else None
 
 
 def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
@@ -70,6 +78,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     doubts: list[Problem] = []
     changes: dict[str, Change] = {}
     objectives = _objectives(config, problems)
+    constraints = _constraints(config, objectives, problems)
     opened, broken = open_all({BASE: config.base, **config.experts})
     broken = [_placed(config, p) for p in broken] + _storage_problems(config)
     if BASE in opened:
@@ -115,6 +124,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         header=_header(config, overrides, opened, objectives, worker, rungs),
         known=tuple(known),
         worker=worker,
+        constraints=constraints,
         summary=_summary(config, opened, objectives, space, worker, len(known), changes)
         | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"},
         warnings=(*doubts, *(_placed(config, p) for p in warnings)),
@@ -204,6 +214,28 @@ def _objectives(config: StudyConfig, problems: list[Problem]) -> list[Objective]
         if not found:
             made.append(objective)
     return made
+
+
+def _constraints(
+    config: StudyConfig, objectives: Sequence[Objective], problems: list[Problem]
+) -> tuple[Constraint, ...]:
+    senses = {o.name: o.maximize for o in objectives}
+    # An objective that could not be made has its own problem: its constraints are not unknown.
+    missing = [spec.name for spec in config.objectives if spec.name not in senses]
+    texts = {i: t for i, t in enumerate(config.constraints) if not any(t.strip().startswith(m) for m in missing)}
+    try:
+        return read_constraints(
+            list(texts.values()),
+            senses,
+            config.experts,
+            known_recipes=config.known_recipes,
+            bounds={o.name: o.bounds for o in objectives},
+        )
+    except ConfigError as error:
+        for p in error.problems:
+            index = list(texts)[int(p.where.removeprefix("constraints[").removesuffix("]"))]
+            problems.append(Problem(p.message, config.where("constraints", index), p.hint))
+        return ()
 
 
 def _fit(base: Checkpoint, objectives: Sequence[Objective]) -> tuple[list[Problem], list[Problem]]:
@@ -313,6 +345,8 @@ def _header(
         "seed": config.seed,
         "known_recipes": config.known_recipes,
     }
+    if config.constraints:
+        identity["constraints"] = list(config.constraints)
     if config.fidelity is not None:
         # What evomerge chose by itself is kept in the header, not compared: studies from before rungs open too.
         identity["fidelity"] = list(config.fidelity)
@@ -351,6 +385,7 @@ def _summary(
         "objectives": ", ".join(
             f"{o.name} ({'max' if o.maximize else 'min'}; {', '.join(o.splits)})" for o in objectives
         ),
+        "constraints": "; ".join(config.constraints) or "none",
         "optimizer": _optimizer_name(config),
         "known recipes": known,
         "budget": ", ".join(f"{v:g} {k}" for k, v in config.budget.model_dump().items() if v is not None),
