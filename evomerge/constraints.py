@@ -3,7 +3,7 @@
 A line of the study file's `constraints:` is `OBJECTIVE >= LIMIT` where larger is better, and `OBJECTIVE <= LIMIT` where
 smaller is. LIMIT is a number, or `[FACTOR *] RECIPE [+ or - NUMBER]`, with RECIPE one of the recipes that every study
 evaluates first: base, an expert's name, uniform soup, task arithmetic 0.3, ..., or `best expert`: the best value that
-any expert has on this objective. Limits hold for the scores of the search split. Pure numpy; nothing here knows studies.
+any expert has on this objective. Limits hold for the scores of the search split. Pure numpy; no study is known here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Non-dominated sets, hypervolume, statistical separation and picking one point of a front.
+"""Non-dominated sets, hypervolume, confidence of membership, statistical separation, picking one point of a front.
 
 Every value is larger-is-better. Arrays of values are `(n, m)`: n candidates, m objectives. Rows with a NaN (failed
 candidates) are never on a front and add no volume. Pure numpy and scipy; nothing here knows recipes or studies.
@@ -15,6 +15,9 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+
+FEW_POINTS = 24  # of a front in four or more dimensions: up to so many, the exact hypervolume takes below 0.1 s
+SAMPLES = 20_000
 
 
 def _matrix(values: ArrayLike) -> Array:
@@ -56,10 +59,7 @@ def hypervolume(values: ArrayLike, reference: ArrayLike) -> float:
         ValueError: the reference does not fit the values or is not finite.
     """
     array = _matrix(values)
-    ref = np.asarray(reference, dtype=np.float64)
-    if ref.shape != (array.shape[1],) or not np.isfinite(ref).all():
-        raise ValueError(f"reference {ref} does not fit values of shape {array.shape}")
-    return _volume(_above(array, ref))
+    return _volume(_above(array, _reference(array, reference)))
 
 
 def _above(array: Array, reference: Array) -> Array:
@@ -103,6 +103,67 @@ def _exclusive(point: Array, others: Array) -> float:
         return box
     limited = np.minimum(others, point)
     return box - _volume(np.unique(limited[non_dominated(limited)], axis=0))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A hypervolume with its standard error, which is 0 where it is exact."""
+
+    value: float
+    stderr: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.value:.5g}" + (f" +- {self.stderr:.1g} (Monte Carlo)" if self.stderr else "")
+
+
+def reference_of(anchors: ArrayLike) -> Array | None:
+    """Return the point `(m,)` above which volumes of a study count: the worst of its known recipes `(k, m)`, each
+    objective by itself; None if none has scores. It stays as it is, however far a search gets.
+    """
+    array = _matrix(anchors)
+    array = array[~np.isnan(array).any(axis=1)]
+    return array.min(axis=0) if len(array) else None
+
+
+def volume(values: ArrayLike, reference: ArrayLike, seed: int = 0) -> Volume:
+    """Return the hypervolume: exact up to three objectives or FEW_POINTS front points, by Monte Carlo beyond.
+
+    Raises:
+        ValueError: as `hypervolume`.
+    """
+    array = _matrix(values)
+    if array.shape[1] <= 3 or len(_above(array, _reference(array, reference))) <= FEW_POINTS:
+        return Volume(hypervolume(array, reference))
+    return sampled_hypervolume(array, reference, seed)
+
+
+def sampled_hypervolume(values: ArrayLike, reference: ArrayLike, seed: int = 0, samples: int = SAMPLES) -> Volume:
+    """Return an unbiased estimate of the hypervolume with its standard error; the same for the same seed.
+
+    A point is drawn from one of the front points' boxes, chosen by volume, and counts one over the number of boxes
+    that it lies in (Karp and Luby 1983; for hypervolumes Bringmann and Friedrich 2010, section 2). Unlike sampling
+    one box around the front, this does not run out of hits in many dimensions.
+    """
+    array = _matrix(values)
+    gains = _above(array, _reference(array, reference))
+    if len(gains) == 0:
+        return Volume(0.0)
+    rng = np.random.default_rng([seed, *gains.shape])
+    boxes = gains.prod(axis=1)
+    chosen = rng.choice(len(gains), size=samples, p=boxes / boxes.sum())
+    points = gains[chosen] * rng.random((samples, gains.shape[1]))
+    covering = np.ones((samples, len(gains)), dtype=np.bool_)
+    for j in range(gains.shape[1]):
+        covering &= points[:, j, None] <= gains[None, :, j]
+    shares = 1.0 / covering.sum(axis=1)
+    return Volume(float(boxes.sum() * shares.mean()), float(boxes.sum() * shares.std(ddof=1) / np.sqrt(samples)))
+
+
+def _reference(array: Array, reference: ArrayLike) -> Array:
+    ref = np.asarray(reference, dtype=np.float64)
+    if ref.shape != (array.shape[1],) or not np.isfinite(ref).all():
+        raise ValueError(f"reference {ref} does not fit values of shape {array.shape}")
+    return ref
 
 
 def contributions(values: ArrayLike, reference: ArrayLike) -> Array:
@@ -154,6 +215,62 @@ def weighted(values: ArrayLike, weights: ArrayLike) -> int:
     if len(front) == 0:
         raise ValueError("the front is empty: every candidate has a NaN")
     return int(front[np.argmax(_normalised(array, front) @ w)])
+
+
+def at_least(values: ArrayLike, floors: ArrayLike) -> Mask:
+    """Return the mask `(n,)` of the rows that reach every floor `(m,)`; -inf is no floor. NaN reaches nothing."""
+    array, low = _matrix(values), np.asarray(floors, dtype=np.float64)
+    if low.shape != (array.shape[1],):
+        raise ValueError(f"need {array.shape[1]} floors, got the shape {low.shape}")
+    return np.asarray((array >= low).all(axis=1))
+
+
+def weakest_link(values: ArrayLike, reference: ArrayLike) -> int:
+    """Return the row of the front whose least gain over `reference` `(m,)` is the largest.
+
+    Gains are divided by the largest gain that any row of the front has in that objective (its range over the front
+    where none has any), so that no objective is favoured by its unit. Ties go to the larger sum of gains, then to
+    the first row.
+
+    Raises:
+        ValueError: there is no row without a NaN.
+    """
+    array = _matrix(values)
+    front = np.flatnonzero(non_dominated(array))
+    if len(front) == 0:
+        raise ValueError("the front is empty: every candidate has a NaN")
+    gains = array[front] - _reference(array, reference)
+    best = gains.max(axis=0)
+    span = np.where(best > 0, best, np.ptp(gains, axis=0))
+    scaled = gains / np.where(span > 0, span, 1.0)
+    least, total = scaled.min(axis=1), scaled.sum(axis=1)
+    return int(front[max(range(len(front)), key=lambda i: (least[i], total[i], -i))])
+
+
+def membership(drawn: ArrayLike) -> Array:
+    """Return how sure it is that each candidate is on the front: the share of resamples in which it is `(n,)`.
+
+    `drawn` `(r, n, m)` are the values of all candidates in r resamples of the items, the same items for all
+    (`intervals.resampled`), so what is hard for every candidate cancels.
+    """
+    array = np.asarray(drawn, dtype=np.float64)
+    if array.ndim != 3 or len(array) == 0:
+        raise ValueError(f"drawn values must be (resamples, candidates, objectives), got the shape {array.shape}")
+    return np.asarray(np.mean([non_dominated(values) for values in array], axis=0))
+
+
+def hopeful(values: ArrayLike, stderr: ArrayLike, errors: float = 4.0) -> Mask:
+    """Return the mask `(n,)` of the rows that could be on the front if the errors `(n, m)` were known.
+
+    A row is given up if some other one is better in every objective by more than `errors` standard errors of their
+    difference, taken as if it were not paired: generous.
+    """
+    array, error = _matrix(values), np.nan_to_num(np.asarray(stderr, dtype=np.float64))
+    mask = ~np.isnan(array).any(axis=1)
+    for i in np.flatnonzero(non_dominated(array)):
+        ahead = array[i] - array > errors * np.hypot(error, error[i])
+        mask &= ~np.asarray(ahead.all(axis=1))
+    return mask
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,21 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
-from evomerge.intervals import Interval, interval, leads, paired, spread
+from evomerge.intervals import (
+    RESAMPLES,
+    Interval,
+    holm,
+    interval,
+    lead_test,
+    leads,
+    paired,
+    resampled,
+    spread,
+)
 from evomerge.objectives import Scores, mean_scores
 
 Rng = np.random.Generator
@@ -169,3 +182,87 @@ def test_the_spread_of_two_scores_of_one_model() -> None:
 
 def test_intervals_are_shown_with_their_value() -> None:
     assert str(Interval(0.5, 0.25, 0.75)) == "0.5000 [0.2500, 0.7500]"
+
+
+def test_mcnemar_is_the_binomial_test_of_the_items_that_only_one_gets_right() -> None:
+    a, b = np.zeros(100), np.zeros(100)
+    a[:60], b[9:62] = 1, 1  # 9 won, 2 lost
+    found = lead_test([mean_scores(a)], [mean_scores(b)], [1.0])
+    assert (found.method, found.p_value) == ("mcnemar", pytest.approx(stats.binomtest(9, 11).pvalue))
+    assert found.lead.value == pytest.approx(0.07)
+    assert lead_test([mean_scores(a)], [mean_scores(a)], [1.0]).p_value == 1.0
+    # The direction of the objective changes the sign of the lead, and nothing else.
+    turned = lead_test([mean_scores(a)], [mean_scores(b)], [-1.0])
+    assert (turned.p_value, turned.lead.value) == (found.p_value, pytest.approx(-0.07))
+
+
+@pytest.mark.parametrize("kind", ["share", "bits", "both"])
+def test_tests_reject_as_often_as_they_may(kind: str) -> None:
+    rng = np.random.default_rng(3)
+    rejected = 0
+    for _ in range(400):
+        a, b = correlated_shares(rng, 120, 0.6, 0.3)
+        size = rng.lognormal(5, 0.5, 120)
+        c, d = (ratio(size * rng.normal(2, 0.3, 120), size) for _ in range(2))
+        if kind == "share":
+            found = lead_test([a], [b], [1.0])
+        elif kind == "bits":
+            found = lead_test([c], [d], [-1.0])
+        else:
+            found = lead_test([a, c], [b, d], [1.0, -1.0])
+        rejected += found.p_value <= 0.05
+    assert rejected / 400 <= 0.08
+    if kind != "share":  # which is exact, and so cautious
+        assert rejected / 400 >= 0.025
+
+
+def test_a_clear_lead_has_the_smallest_p_value_that_resampling_can_tell() -> None:
+    size = np.full(50, 100.0)
+    a, b = ratio(np.arange(50) + 300.0, size), ratio(np.arange(50) + 200.0, size)
+    found = lead_test([a], [b], [1.0])
+    assert found.p_value == pytest.approx(2 / (RESAMPLES + 1)) and found.lead.low > 0
+
+
+def test_single_numbers_cannot_be_tested() -> None:
+    one = Scores(3.0, 0.0, np.array([3.0]))
+    assert lead_test([one], [one], [1.0]).method == "none"
+    assert math.isnan(lead_test([one], [one], [1.0]).p_value)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_between_the_p_values_and_bonferroni(p_values: list[float]) -> None:
+    found = holm(p_values)
+    for p, q in zip(p_values, found, strict=True):
+        assert p <= q <= min(1.0, p * len(p_values)) + 1e-12
+    assert min(found) == pytest.approx(min(1.0, min(p_values) * len(p_values)))
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(found)[order]) >= 0).all()
+
+
+def test_holm_leaves_out_what_was_not_tested() -> None:
+    assert holm([0.01, math.nan, 0.04])[::2] == pytest.approx([0.02, 0.04])
+    assert math.isnan(holm([0.01, math.nan])[1])
+
+
+def test_resampled_values_share_their_items() -> None:
+    rng = np.random.default_rng(0)
+    a, b = correlated_shares(rng, 300, 0.6, 0.1)
+    drawn = resampled([a, b, a])
+    assert drawn.shape == (RESAMPLES, 3)
+    assert np.array_equal(drawn[:, 0], drawn[:, 2])
+    gap = drawn[:, 0] - drawn[:, 1]
+    assert gap.std() == pytest.approx(np.std(a.items - b.items) / np.sqrt(300), rel=0.1)
+    assert drawn.mean(axis=0) == pytest.approx([a.value, b.value, a.value], abs=0.005)
+    scores = [bits_per_byte(rng, 40), perplexity(rng, 40)]
+    assert resampled(scores).mean(axis=0) == pytest.approx([s.value for s in scores], rel=0.03)
+
+
+def test_resampled_values_without_a_form_get_noise_of_their_own() -> None:
+    median = Scores(2.0, 0.5, np.arange(30.0))
+    drawn = resampled([median, median])
+    assert drawn.std(axis=0) == pytest.approx([0.5, 0.5], rel=0.1)
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.1
+    one = Scores(3.0, 0.0, np.array([3.0]))
+    assert (resampled([one, one]) == 3.0).all()
+    with pytest.raises(ValueError, match="same items"):
+        resampled([median, one])
