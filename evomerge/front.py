@@ -266,10 +266,10 @@ def hopeful(values: ArrayLike, stderr: ArrayLike, errors: float = 4.0) -> Mask:
     difference, taken as if it were not paired: generous.
     """
     array, error = _matrix(values), np.nan_to_num(np.asarray(stderr, dtype=np.float64))
-    mask = ~np.isnan(array).any(axis=1)
+    mask: Mask = np.asarray(~np.isnan(array).any(axis=1))
     for i in np.flatnonzero(non_dominated(array)):
         ahead = array[i] - array > errors * np.hypot(error, error[i])
-        mask &= ~np.asarray(ahead.all(axis=1))
+        mask[ahead.all(axis=1)] = False
     return mask
 
 
