@@ -60,6 +60,9 @@ class Job:
         race: the rungs of the search split, and whom the candidate has to beat; None scores it at once.
         batch_tokens: size of a batch that the study has settled on; None leaves the worker's own.
         twice: score the search split again, to see whether scores repeat.
+        parts: score only these items of each split, part after part, each in batches of its own: objective -> positions,
+            ascending, or None for all. The scores are those of all the parts' items, in the split's order; an
+            objective that no part names is left out.
     """
 
     number: int
@@ -68,6 +71,7 @@ class Job:
     race: Race | None = None
     batch_tokens: int | None = None
     twice: bool = False
+    parts: Sequence[Mapping[str, Sequence[int] | None]] = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,9 @@ class Worker:
             if split == "search" and job.race is not None:
                 scores[split], stopped = score_in_rungs(self.objectives, self.live, split, job.race, self._sizes)
                 continue
+            if job.parts:
+                scores[split] = score_parts(self.objectives, self.live, split, job.parts)
+                continue
             scores[split] = {}
             for objective in self.objectives:
                 faults.point("scoring")
@@ -214,6 +221,23 @@ def score_again(
         apart = spread(before, objective.score(live, "search", positions))
         if apart is not None:
             found[objective.name] = apart
+    return found
+
+
+def score_parts(
+    objectives: Sequence[Objective], live: LiveModel, split: str, parts: Sequence[Mapping[str, Sequence[int] | None]]
+) -> dict[str, Scores]:
+    """The scores of parts of a split; see `Job.parts`."""
+    found = {}
+    for objective in objectives:
+        faults.point("scoring")
+        wanted = [part[objective.name] for part in parts if objective.name in part]
+        some = [np.asarray(positions) for positions in wanted if positions is not None]
+        if len(some) < len(wanted):
+            found[objective.name] = objective.score(live, split)
+        elif some:
+            items = np.concatenate([objective.score(live, split, positions.tolist()).items for positions in some])
+            found[objective.name] = objective.aggregate(items[np.argsort(np.concatenate(some), kind="stable")])
     return found
 
 
