@@ -1,42 +1,84 @@
-"""CMA-ES for asynchronous, noisy, boxed searches, on pycma.
+"""CMA-ES for asynchronous, noisy, boxed searches, on one scalarised objective or along several directions at once.
 
-pycma (Hansen, arXiv 1604.00772) does the adaptation; the asynchrony is ours: a point is always drawn from the
-current distribution, arrivals are buffered whatever generation they came from, and every lambda arrivals are told in
-arrival order. With lambda >= workers / 2 that loses nothing against synchronous generations.
+The adaptation is pycma's (`_cma.py`); the asynchrony is ours: a point is always drawn from the current distribution,
+arrivals are buffered whatever generation they came from, and every lambda arrivals are told in arrival order. With
+lambda >= workers / 2 that loses nothing against synchronous generations.
 
 Rules:
-- several objectives become one: the mean of the values divided by their spread so far, or the weighted sum of the
-  values as they are where `weights` are given;
-- the start: results that this search did not propose (known recipes, an earlier stage) make no generation. The best of
-  them becomes the centre of the first one, if there is any; else `start`. A result is recognised as proposed
-  if its own number draws it (within 0.02, since recipes are rounded) from one of those centres;
-- box [0, 1]: a sample outside is drawn again, up to 64 times, then clipped; never folded, which would mirror the
-  landscape;
+- several objectives become one (`scalarise`): the mean of the values divided by their spread so far, or the
+  augmented Tchebycheff distance to the best value of each (Steuer and Choo 1983). Where `weights` are given they
+  belong to the values as they are. With `directions` there are as many scalarisations with weights spread over the
+  simplex, each with a distribution of its own; a candidate's number decides which one draws it;
+- a result is an own one if its number draws it (within 0.02, since recipes are rounded, and to the cell where there are
+  cells) from a recent distribution of its direction. All others are foreign;
+- the start: foreign results (known recipes, an earlier stage) make no generation. From 5 d of them on, the best
+  tenth set mean and covariance (WS-CMA-ES); fewer set the mean to the best of them; none leave `start`;
+- later, the best foreign result since the last update joins the generation if it beats all own ones;
+- a result below a floor costs more than every feasible one, the more the further it is;
+- box [0, 1]: a sample outside is drawn again, up to 64 times, then clipped;
+- coordinates of cells keep a margin: another cell stays possible. For categories the order of the cells means
+  nothing, so there the margin alone makes the search;
 - failed results are dropped: nobody knows how bad they are;
-- once converged, it restarts with twice the lambda at a random place (IPOP: Auger and Hansen 2005): it never stops.
+- once converged, a run restarts with twice the lambda at a random place (IPOP: Auger and Hansen 2005): it never stops.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
-from evomerge.optimizers._core import Array, Goal, Result, check_number, rng_for, usable
+from evomerge.optimizers._cma import TRIES, Normal, Run, isotropic, warm_start
+from evomerge.optimizers._core import (
+    Array,
+    Facts,
+    Goal,
+    Recommendation,
+    Result,
+    check_number,
+    rng_for,
+    usable,
+    violation,
+)
 
-TRIES = 64
 RECOGNISED = 0.02  # natural values are rounded to 4 decimals before they come back
-CONVERGED = 1e-3  # largest standard deviation, in unit coordinates, at which a run has nothing left to find
-MAX_CONDITION = 1e12
+RECENT = 32  # distributions of a direction from which points may still be on their way
+EARLY = 50  # results that tell the spread of the values: later ones crowd together, for some goals more than for others
+BROKEN = 10  # times the better three quarters' range: what lies further below counts as lying there
+FOREIGN = 1000  # newest foreign results that set a start
+BEST_SHARE = 0.1
+AUGMENTED = 0.05  # share of the weighted sum in the Tchebycheff distance, against points that are only weakly best
+SCALARISATIONS = ("weighted", "tchebycheff")
+MOST_DIRECTIONS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """A result as a direction keeps it: point `(d,)`, values `(m,)` and by how much these miss their floors."""
+
+    x: Array
+    values: Array
+    missing: float
+    foreign: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Scale:
+    """The best value of each goal so far and the size of a difference that matters, both `(m,)`."""
+
+    best: Array
+    unit: Array
 
 
 class CmaEs:
-    """Asynchronous CMA-ES on one scalarised objective."""
+    """Asynchronous CMA-ES on one or several scalarisations of the objectives."""
 
     def __init__(
         self,
@@ -46,88 +88,272 @@ class CmaEs:
         start: Array,
         *,
         sigma0: float = 0.2,
-        workers: int = 1,
+        scalarise: str = "weighted",
         weights: Mapping[str, float] | None = None,
+        directions: int = 1,
+        facts: Facts | None = None,
     ) -> None:
-        """See `make`; `workers` is the number of parallel evaluations, `weights` maps goals to numbers."""
+        """See `make`; `weights` maps goals to numbers, `directions` is the number of scalarisations."""
         check_number("sigma0", sigma0, 0, 1, above=True)
-        check_number("workers", workers, 1, whole=True)
-        self._dim, self._n_goals, self._seed, self._sigma0 = dim, len(goals), seed, float(sigma0)
-        self._weights = _goal_weights(goals, weights)
-        self._lambda = max(4 + math.floor(3 * math.log(dim)), math.ceil(workers / 2))
-        self._restarts = 0
-        self._es: Any = None  # None until the first generation is complete
-        self._mean, self._root = start.copy(), self._sigma0 * np.eye(dim)
-        self._centres = [start.copy()]
-        self._best: tuple[Array, Array] | None = None  # point and values of the best foreign result
-        self._low, self._high = np.full(self._n_goals, np.inf), np.full(self._n_goals, -np.inf)
-        self._buffer: list[tuple[Array, Array]] = []
+        check_number("directions", directions, 1, MOST_DIRECTIONS, whole=True)
+        own = _goal_weights(goals, weights)
+        _check_combination(scalarise, own is not None, directions, len(goals))
+        facts = facts or Facts.plain(dim)
+        self._dim, self._n_goals, self._seed = dim, len(goals), seed
+        self._raw = own is not None
+        popsize = max(4 + math.floor(3 * math.log(dim)), math.ceil(facts.workers / (2 * directions)))
+        self._directions = [
+            _Direction(w, scalarise == "tchebycheff", start, sigma0, popsize, [seed, i], facts.cells)
+            for i, w in enumerate(spread_weights(directions, len(goals)) if own is None else own[None])
+        ]
+        self._early: list[Array] = []
+        self._best = np.full(self._n_goals, -np.inf)
+        self._foreign: dict[int, _Told] = {}
+        self._numbers: set[int] = set()
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
-        """Return a point drawn from the current distribution; `pending` does not matter."""
-        return self._draw(number, self._mean)
+        """Return a point drawn from the current distribution of the number's direction; `pending` does not matter."""
+        return self._direction(number).normal.draw(self._noise(number))
 
     def tell(self, result: Result) -> None:
-        """Buffer the result; every lambda results update the distribution."""
+        """Buffer an own result, lambda of which update the distribution; a foreign one informs every direction."""
         told = usable(result, self._dim, self._n_goals)
         if told is None:
             return
         x, values, _ = told
-        self._low, self._high = np.minimum(self._low, values), np.maximum(self._high, values)
-        if self._es is None and self._restarts == 0 and self._is_foreign(result.number, x):
-            if self._best is None or self._score(values) > self._score(self._best[1]):
-                self._best = (x, values)
-                self._mean = x
-                self._centres.append(x)
+        new = _Told(x, values, violation(values, result.floors))
+        if result.number in self._numbers:
+            self._replace(result.number, new)
             return
-        self._buffer.append((x, values))
-        if len(self._buffer) >= self._lambda:
-            self._update()
+        self._numbers.add(result.number)
+        self._best = np.maximum(self._best, values)
+        if len(self._early) < EARLY:
+            self._early.append(values)
+        direction = self._direction(result.number)
+        drawn = direction.drawn(x, self._noise(result.number))
+        if drawn is None:
+            self._add_foreign(result.number, new)
+        elif drawn.run == direction.run_number:
+            direction.add(result.number, _Told(drawn.x, values, new.missing), self._scale())
 
-    def _draw(self, number: int, mean: Array) -> Array:
-        z = rng_for(self._seed, number).standard_normal((TRIES, self._dim))
-        points = mean + z @ self._root.T
-        inside = ((points >= 0) & (points <= 1)).all(axis=1)
-        point: Array = np.clip(points[int(np.argmax(inside))], 0.0, 1.0)
-        return point
+    def recommend(self) -> Sequence[Recommendation]:
+        """Return the mean of each direction that has completed a generation; each averages out its samples' noise."""
+        scale = self._scale()
+        means = [direction.settled(scale) for direction in self._directions]
+        return [Recommendation(mean.copy(), "mean of CMA-ES") for mean in means if mean is not None]
 
-    def _is_foreign(self, number: int, x: Array) -> bool:
-        return not any(np.abs(x - self._draw(number, centre)).max() < RECOGNISED for centre in self._centres)
+    def _direction(self, number: int) -> _Direction:
+        """Return the direction that draws a number: in each block of numbers every direction once, in random order.
 
-    def _score(self, values: Array) -> float:
-        if self._weights is not None:
-            return float(self._weights @ values)
-        spread = self._high - self._low
-        return float((values / np.where(spread > 0, spread, 1.0)).mean())
+        Not number % n alone: a portfolio that passes on every second number only would starve half of them.
+        """
+        n = len(self._directions)
+        if n == 1:
+            return self._directions[0]
+        block, place = divmod(number, n)
+        return self._directions[int(np.random.default_rng([self._seed, block, 3]).permutation(n)[place])]
 
-    def _update(self) -> None:
-        """Tell lambda results to pycma and take over its distribution."""
-        if self._es is None:
-            self._es = _strategy(self._mean, self._sigma0, self._lambda, self._seed)
-        # pycma wants an ask before each tell; its own sample goes unused. It clips the steps of points that it did not
-        # sample to a plausible length, which matters for foreign ones only.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._es.ask()
-            self._es.tell([x.copy() for x, _ in self._buffer], [-self._score(v) for _, v in self._buffer])
-        self._buffer = []
-        es = self._es
-        root = es.sigma * (es.B * es.D) * np.reshape(es.sigma_vec.scaling, (-1, 1))
-        deviations = np.linalg.norm(root, axis=1)
-        healthy = np.isfinite(root).all() and es.D.max() ** 2 < MAX_CONDITION * es.D.min() ** 2
-        if not healthy or deviations.max() < CONVERGED:
+    def _noise(self, number: int) -> Array:
+        return rng_for(self._seed, number).standard_normal((TRIES, self._dim))
+
+    def _scale(self) -> _Scale:
+        """Return the best values so far and the range of the early ones, which a few broken candidates stretch little."""
+        one = np.ones(self._n_goals)
+        if self._raw or not self._early:
+            return _Scale(self._best if self._early else 0 * one, one)
+        early = np.array(self._early)
+        bulk = early.max(axis=0) - np.quantile(early, 0.25, axis=0)
+        unit = np.ptp(early, axis=0)
+        unit = np.where(bulk > 0, np.minimum(unit, BROKEN * bulk), unit)
+        return _Scale(self._best, np.where(unit > 0, unit, 1.0))
+
+    def _add_foreign(self, number: int, new: _Told) -> None:
+        if any(direction.waiting for direction in self._directions):
+            self._foreign[number] = new
+            if len(self._foreign) > FOREIGN:
+                del self._foreign[next(iter(self._foreign))]
+        else:
+            self._foreign.clear()
+        scale = self._scale()
+        for direction in self._directions:
+            direction.meet(new, list(self._foreign.values()), scale)
+
+    def _replace(self, number: int, new: _Told) -> None:
+        """Take the new score of a result that still waits for its generation; ignore that of an older one."""
+        if number in self._foreign:
+            self._foreign[number] = new
+            for direction in self._directions:
+                direction.begin(list(self._foreign.values()), self._scale())
+            return
+        buffer = self._direction(number).buffer
+        if number in buffer:
+            buffer[number] = _Told(buffer[number].x, new.values, new.missing)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """The exact point `(d,)` that a rounded result came from, and the run that drew it."""
+
+    x: Array
+    run: int
+
+
+class _Direction:
+    """One scalarisation and the distribution that follows it."""
+
+    def __init__(
+        self,
+        weights: Array,
+        tchebycheff: bool,
+        start: Array,
+        sigma0: float,
+        popsize: int,
+        seeds: list[int],
+        cells: NDArray[np.intp],
+    ) -> None:
+        self.run_number = 0
+        self.normal = isotropic(start, sigma0)
+        self.buffer: dict[int, _Told] = {}  # own results since the last update
+        self._weights, self._tchebycheff = weights, tchebycheff
+        self._sigma0, self._popsize, self._seeds, self._cells = sigma0, popsize, seeds, cells
+        self._recent = deque([(0, self.normal)], maxlen=RECENT)
+        self._run: Run | None = None  # none until the first generation of a run is complete
+        self._newcomer: _Told | None = None  # the best foreign result since the last update
+        self._means: list[_Told] = []  # the means of the ended runs and of the current one, as far as they are good
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the first generation is still to come."""
+        return self._run is None and self.run_number == 0
+
+    def drawn(self, x: Array, z: Array) -> _Drawn | None:
+        """Return where a point comes from, or None if no recent distribution gives it for these normal rows `z`."""
+        counted = self._cells > 0
+        for run, normal in reversed(self._recent):
+            exact = normal.draw(z)
+            near = np.abs(x - exact) < RECOGNISED
+            same = np.floor(x * self._cells) == np.floor(exact * self._cells)
+            if bool(np.where(counted, near | same, near).all()):
+                return _Drawn(exact, run)
+        return None
+
+    def costs(self, told: Sequence[_Told], scale: _Scale) -> Array:
+        """Return a cost for each result, smaller is better; each infeasible one costs more than each feasible."""
+        values, missing = np.array([t.values for t in told]), np.array([t.missing for t in told])
+        away = self._weights * (scale.best - values) / scale.unit
+        cost = away.sum(axis=1)
+        if self._tchebycheff:
+            cost = away.max(axis=1) + AUGMENTED * cost
+        feasible = missing == 0
+        top = cost[feasible].max() if feasible.any() else 0.0
+        return np.where(feasible, cost, top + 1.0 + missing)
+
+    def begin(self, foreign: Sequence[_Told], scale: _Scale) -> None:
+        """Set the start from foreign results, as long as no generation is complete."""
+        if not self.waiting or not foreign:
+            return
+        order = np.argsort(self.costs(foreign, scale), kind="stable")
+        dim = len(self.normal.mean)
+        if len(foreign) >= 5 * dim:
+            best = order[: max(1, int(BEST_SHARE * len(foreign)))]
+            self._move(warm_start(np.array([foreign[i].x for i in best])))
+        elif not np.array_equal(self.normal.mean, foreign[order[0]].x):
+            self._move(isotropic(foreign[order[0]].x, self._sigma0))
+
+    def meet(self, new: _Told, foreign: Sequence[_Told], scale: _Scale) -> None:
+        """Take a foreign result into account: in the start, or as the newcomer of the next generation."""
+        self.begin(foreign, scale)
+        if self.run_number > 0 or (self._run is None and not self.buffer):
+            return  # a later run searches elsewhere; before the first own result the start says it all
+        old = self._newcomer
+        if old is None or np.diff(self.costs([old, new], scale))[0] < 0:
+            self._newcomer = _Told(new.x, new.values, new.missing, foreign=True)
+
+    def add(self, number: int, own: _Told, scale: _Scale) -> None:
+        """Buffer an own result; lambda of them move the distribution."""
+        self.buffer[number] = own
+        if len(self.buffer) >= self._popsize:
+            generation = list(self.buffer.values())
+            self._update(generation, scale)
+
+    def settled(self, scale: _Scale) -> Array | None:
+        """Return the best mean `(d,)` of the ended runs and the current one; None before the first generation."""
+        if not self._means:
+            return None
+        return self._means[int(np.argmin(self.costs(self._means, scale)))].x
+
+    def _update(self, generation: list[_Told], scale: _Scale) -> None:
+        costs = self.costs(generation, scale)
+        if self._newcomer is not None:
+            withit = self.costs([*generation, self._newcomer], scale)
+            if withit[-1] < withit[:-1].min():
+                generation[int(np.argmax(costs))] = self._newcomer
+                costs = self.costs(generation, scale)
+        self.buffer, self._newcomer = {}, None
+        first = self._run is None
+        if self._run is None:
+            self._run = Run(self.normal, self._popsize, self._seeds[0], self._cells)
+        foreign = np.array([t.foreign for t in generation])
+        self._run.update(np.array([t.x for t in generation]), costs, foreign)
+        self._note_mean(generation, costs, scale, first)
+        if self._run.ended:
             self._restart()
-            return
-        # A step size beyond the box says only that the landscape is flat.
-        root = root / max(1.0, float(deviations.max()))
-        self._mean, self._root = np.clip(es.mean, 0.0, 1.0), root
+        else:
+            self._move(self._run.normal)
+
+    def _note_mean(self, generation: Sequence[_Told], costs: Array, scale: _Scale, first: bool) -> None:
+        """Keep the run's mean with the average of the generation's better half, and the best mean of earlier runs."""
+        assert self._run is not None
+        half = [generation[i] for i in np.argsort(costs, kind="stable")[: (len(generation) + 1) // 2]]
+        values = np.mean([t.values for t in half], axis=0)
+        mean = _Told(self._run.normal.mean, values, float(np.mean([t.missing for t in half])))
+        earlier = self._means if first else self._means[:-1]
+        if len(earlier) > 1:
+            earlier = [earlier[int(np.argmin(self.costs(earlier, scale)))]]
+        self._means = [*earlier, mean]
 
     def _restart(self) -> None:
-        self._restarts += 1
-        self._lambda *= 2
-        self._es = None
-        self._mean = np.random.default_rng([self._seed, self._restarts, 1]).random(self._dim)
-        self._root = self._sigma0 * np.eye(self._dim)
+        self.run_number += 1
+        self._popsize *= 2
+        self._run = None
+        place = np.random.default_rng([*self._seeds, self.run_number, 1]).random(len(self.normal.mean))
+        self._move(isotropic(place, self._sigma0))
+
+    def _move(self, normal: Normal) -> None:
+        self.normal = normal
+        self._recent.append((self.run_number, normal))
+
+
+@functools.cache
+def spread_weights(n: int, m: int) -> Array:
+    """Return `(n, m)` weights of m goals, spread evenly over the simplex: centroids of n parts of equal shape."""
+    if n == 1 or m == 1:
+        return np.full((n, m), 1.0 / m)
+    rng = np.random.default_rng([n, m])
+    sample = rng.dirichlet(np.ones(m), 4096)
+    chosen = sample[:1]
+    for _ in range(n - 1):  # each next one as far away as it can be
+        away = ((sample[:, None] - chosen) ** 2).sum(axis=2).min(axis=1)
+        chosen = np.vstack([chosen, sample[np.argmax(away)]])
+    for _ in range(30):
+        nearest = ((sample[:, None] - chosen) ** 2).sum(axis=2).argmin(axis=1)
+        chosen = np.array([sample[nearest == i].mean(axis=0) for i in range(n)])
+    return chosen
+
+
+def _check_combination(scalarise: str, weighted: bool, directions: int, n_goals: int) -> None:
+    problems = []
+    if scalarise not in SCALARISATIONS:
+        hint = f"one of {', '.join(SCALARISATIONS)}"
+        problems.append(Problem(f"scalarise is {scalarise!r}", "optimizer.scalarise", hint))
+    if directions > 1 and n_goals == 1:
+        hint = "several directions need several objectives: leave it at 1"
+        problems.append(Problem(f"directions is {directions} with one objective", "optimizer.directions", hint))
+    if directions > 1 and weighted:
+        hint = "several directions have weights of their own: leave one of the two out"
+        problems.append(Problem(f"directions is {directions} beside weights", "optimizer.directions", hint))
+    if problems:
+        raise ConfigError.of(problems, "the optimizer's options")
 
 
 def _goal_weights(goals: Sequence[Goal], weights: Mapping[str, float] | None) -> Array | None:
@@ -150,27 +376,6 @@ def _goal_weights(goals: Sequence[Goal], weights: Mapping[str, float] | None) ->
     if problems:
         raise ConfigError.of(problems, "optimizer.weights")
     return array
-
-
-def _strategy(mean: Array, sigma: float, popsize: int, seed: int) -> Any:
-    """Return a silent pycma strategy that touches no global generator and no file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it complains about a missing matplotlib
-        import cma
-
-        rng = np.random.default_rng([seed, 1])
-        return cma.CMAEvolutionStrategy(
-            mean.copy(),
-            sigma,
-            {
-                "popsize": popsize,
-                "randn": lambda *shape: rng.standard_normal(shape),
-                "seed": np.nan,
-                "verbose": -9,
-                "verb_log": 0,
-                "signals_filename": "",
-            },
-        )
 
 
 registry.register("optimizers", "cma_es", CmaEs)
