@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 
 LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
-     "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts", "methods", "optimizers", "surrogate", "front", "testing",
+     "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
+     "methods", "optimizers", "surrogate", "optimum", "front", "testing",
      "feasible", "fidelity", "intervals", "constraints"},
     {"weights", "family", "residency", "model", "scoring", "decoding", "objectives", "storage", "study", "_study_rows"},
     {"worker", "pool", "search", "history", "events"},
