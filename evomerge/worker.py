@@ -60,9 +60,9 @@ class Job:
         race: the rungs of the search split, and whom the candidate has to beat; None scores it at once.
         batch_tokens: size of a batch that the study has settled on; None leaves the worker's own.
         twice: score the search split again, to see whether scores repeat.
-        parts: score only these items of each split, part after part, each in batches of its own: objective -> positions,
-            ascending, or None for all. The scores are those of all the parts' items, in the split's order; an
-            objective that no part names is left out.
+        parts: score only these items of each split, part after part, each in batches of its own: objective ->
+            positions, ascending, or None for all. The scores are those of all the parts' items, in the split's order;
+            an objective that no part names is left out.
     """
 
     number: int
