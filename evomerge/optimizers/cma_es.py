@@ -9,8 +9,8 @@ Rules:
   augmented Tchebycheff distance to the best value of each (Steuer and Choo 1983). Where `weights` are given they
   belong to the values as they are. With `directions` there are as many scalarisations with weights spread over the
   simplex, each with a distribution of its own; a candidate's number decides which one draws it;
-- a result is an own one if its number draws it (within 0.02, since recipes are rounded, and to the cell where there are
-  cells) from a recent distribution of its direction. All others are foreign;
+- a result is a direction's own if its number draws it from a recent distribution of that direction (within 0.02, since
+  recipes are rounded, or in the same cell). All others, those of the other directions too, are foreign to it;
 - the start: foreign results (known recipes, an earlier stage) make no generation. From 5 d of them on, the best
   tenth set mean and covariance (WS-CMA-ES); fewer set the mean to the best of them; none leave `start`;
 - later, the best foreign result since the last update joins the generation if it beats all own ones;
@@ -52,9 +52,10 @@ RECOGNISED = 0.02  # natural values are rounded to 4 decimals before they come b
 RECENT = 32  # distributions of a direction from which points may still be on their way
 EARLY = 50  # results that tell the spread of the values: later ones crowd together, for some goals more than for others
 BROKEN = 10  # times the better three quarters' range: what lies further below counts as lying there
-FOREIGN = 1000  # newest foreign results that set a start
+KNOWN = 1000  # newest results that may set a start
 BEST_SHARE = 0.1
 AUGMENTED = 0.05  # share of the weighted sum in the Tchebycheff distance, against points that are only weakly best
+NOBODY = -1  # drew a foreign result
 SCALARISATIONS = ("weighted", "tchebycheff")
 MOST_DIRECTIONS = 16
 
@@ -66,7 +67,6 @@ class _Told:
     x: Array
     values: Array
     missing: float
-    foreign: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +108,15 @@ class CmaEs:
         ]
         self._early: list[Array] = []
         self._best = np.full(self._n_goals, -np.inf)
-        self._foreign: dict[int, _Told] = {}
+        self._known: dict[int, tuple[int, _Told]] = {}  # number -> the direction that drew it, and the result
         self._numbers: set[int] = set()
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
         """Return a point drawn from the current distribution of the number's direction; `pending` does not matter."""
-        return self._direction(number).normal.draw(self._noise(number))
+        return self._directions[self._index(number)].normal.draw(self._noise(number))
 
     def tell(self, result: Result) -> None:
-        """Buffer an own result, lambda of which update the distribution; a foreign one informs every direction."""
+        """Buffer the result with the direction that drew it, lambda of which move it; it is foreign to all others."""
         told = usable(result, self._dim, self._n_goals)
         if told is None:
             return
@@ -129,12 +129,15 @@ class CmaEs:
         self._best = np.maximum(self._best, values)
         if len(self._early) < EARLY:
             self._early.append(values)
-        direction = self._direction(result.number)
-        drawn = direction.drawn(x, self._noise(result.number))
+        index = self._index(result.number)
+        drawn = self._directions[index].drawn(x, self._noise(result.number))
         if drawn is None:
-            self._add_foreign(result.number, new)
-        elif drawn.run == direction.run_number:
-            direction.add(result.number, _Told(drawn.x, values, new.missing), self._scale())
+            self._share(result.number, new, NOBODY)
+            return
+        new = _Told(drawn.x, values, new.missing)
+        self._share(result.number, new, index)
+        if drawn.run == self._directions[index].run_number:
+            self._directions[index].add(result.number, new, self._scale())
 
     def recommend(self) -> Sequence[Recommendation]:
         """Return the mean of each direction that has completed a generation; each averages out its samples' noise."""
@@ -142,22 +145,22 @@ class CmaEs:
         means = [direction.settled(scale) for direction in self._directions]
         return [Recommendation(mean.copy(), "mean of CMA-ES") for mean in means if mean is not None]
 
-    def _direction(self, number: int) -> _Direction:
+    def _index(self, number: int) -> int:
         """Return the direction that draws a number: in each block of numbers every direction once, in random order.
 
         Not number % n alone: a portfolio that passes on every second number only would starve half of them.
         """
         n = len(self._directions)
         if n == 1:
-            return self._directions[0]
+            return 0
         block, place = divmod(number, n)
-        return self._directions[int(np.random.default_rng([self._seed, block, 3]).permutation(n)[place])]
+        return int(np.random.default_rng([self._seed, block, 3]).permutation(n)[place])
 
     def _noise(self, number: int) -> Array:
         return rng_for(self._seed, number).standard_normal((TRIES, self._dim))
 
     def _scale(self) -> _Scale:
-        """Return the best values so far and the range of the early ones, which a few broken candidates stretch little."""
+        """Return the best values so far and the range of the early ones, little stretched by broken candidates."""
         one = np.ones(self._n_goals)
         if self._raw or not self._early:
             return _Scale(self._best if self._early else 0 * one, one)
@@ -167,27 +170,32 @@ class CmaEs:
         unit = np.where(bulk > 0, np.minimum(unit, BROKEN * bulk), unit)
         return _Scale(self._best, np.where(unit > 0, unit, 1.0))
 
-    def _add_foreign(self, number: int, new: _Told) -> None:
+    def _share(self, number: int, new: _Told, owner: int) -> None:
+        """Show a result to all directions but the one that drew it."""
         if any(direction.waiting for direction in self._directions):
-            self._foreign[number] = new
-            if len(self._foreign) > FOREIGN:
-                del self._foreign[next(iter(self._foreign))]
+            self._known[number] = (owner, new)
+            if len(self._known) > KNOWN:
+                del self._known[next(iter(self._known))]
         else:
-            self._foreign.clear()
+            self._known.clear()
         scale = self._scale()
-        for direction in self._directions:
-            direction.meet(new, list(self._foreign.values()), scale)
+        for i, direction in enumerate(self._directions):
+            if i != owner:
+                direction.begin(self._foreign(i), scale)
+                direction.meet(new, scale)
+
+    def _foreign(self, index: int) -> list[_Told]:
+        return [told for owner, told in self._known.values() if owner != index]
 
     def _replace(self, number: int, new: _Told) -> None:
-        """Take the new score of a result that still waits for its generation; ignore that of an older one."""
-        if number in self._foreign:
-            self._foreign[number] = new
-            for direction in self._directions:
-                direction.begin(list(self._foreign.values()), self._scale())
-            return
-        buffer = self._direction(number).buffer
+        """Take the new score of a result that a start or a coming generation still needs; ignore any other."""
+        buffer = self._directions[self._index(number)].buffer
         if number in buffer:
-            buffer[number] = _Told(buffer[number].x, new.values, new.missing)
+            new = buffer[number] = _Told(buffer[number].x, new.values, new.missing)
+        if number in self._known:
+            self._known[number] = (self._known[number][0], new)
+            for i, direction in enumerate(self._directions):
+                direction.begin(self._foreign(i), self._scale())
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,14 +268,13 @@ class _Direction:
         elif not np.array_equal(self.normal.mean, foreign[order[0]].x):
             self._move(isotropic(foreign[order[0]].x, self._sigma0))
 
-    def meet(self, new: _Told, foreign: Sequence[_Told], scale: _Scale) -> None:
-        """Take a foreign result into account: in the start, or as the newcomer of the next generation."""
-        self.begin(foreign, scale)
+    def meet(self, new: _Told, scale: _Scale) -> None:
+        """Keep a foreign result for the next generation if it is the best of them."""
         if self.run_number > 0 or (self._run is None and not self.buffer):
             return  # a later run searches elsewhere; before the first own result the start says it all
         old = self._newcomer
         if old is None or np.diff(self.costs([old, new], scale))[0] < 0:
-            self._newcomer = _Told(new.x, new.values, new.missing, foreign=True)
+            self._newcomer = new
 
     def add(self, number: int, own: _Told, scale: _Scale) -> None:
         """Buffer an own result; lambda of them move the distribution."""
@@ -293,8 +300,7 @@ class _Direction:
         first = self._run is None
         if self._run is None:
             self._run = Run(self.normal, self._popsize, self._seeds[0], self._cells)
-        foreign = np.array([t.foreign for t in generation])
-        self._run.update(np.array([t.x for t in generation]), costs, foreign)
+        self._run.update(np.array([t.x for t in generation]), costs)
         self._note_mean(generation, costs, scale, first)
         if self._run.ended:
             self._restart()
