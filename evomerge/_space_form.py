@@ -1,12 +1,12 @@
 """Reading a search space from plain data: every problem is collected before it raises.
 
     description: text
-    method: ties
-    layer_groups: 4            # or a list of sizes; 1 (default) searches whole-model values
+    method: ties               # or a list: the method is then a dimension, and genes are the union
+    layer_groups: 4            # or a list of sizes, or each; 1 (default) searches whole-model values
     components: [attention, mlp, rest]              # or {q: [q_proj], rest: ["*"]}
     genes:
       weight: search           # the method's own range
-      density: {low: 0.2, high: 1.0, start: 0.5, log: false,
+      density: {low: 0.2, high: 0.9, start: 0.5, scale: logit,
                 per_expert: true, per_group: true, per_component: false}
       lambda: {low: 0.5, high: 1.5, curve: 3}       # or line: true, or choices: [0.5, 1.0]
     fixed: {normalize: true}
@@ -19,15 +19,14 @@ depth takes the place of the layer groups. The whole grammar, with examples: doc
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from evomerge import registry
-from evomerge._space_genes import DECIMALS, Gene, Natural, Searched, Slot
+from evomerge._space_genes import DECIMALS, METHOD, Gene, Natural, Scale, Searched, Slot
+from evomerge._space_methods import read_methods, suggestion, union_parameter
 from evomerge._space_parts import WORD, Component, read_components
 from evomerge.errors import ConfigError, Problem
 from evomerge.space import SearchSpace
@@ -38,7 +37,8 @@ if TYPE_CHECKING:
 _TOP = ("description", "method", "layer_groups", "components", "genes", "fixed", "compat")
 _RANGE = ("low", "high", "start")
 _SPLITS = ("per_expert", "per_group", "per_component")
-_GENE = (*_RANGE, "log", "choices", "curve", "line", *_SPLITS)
+_SCALES: tuple[Scale, ...] = ("linear", "log", "logit")
+_GENE = (*_RANGE, "scale", "log", "choices", "curve", "line", *_SPLITS)
 
 
 def read_space(
@@ -82,33 +82,35 @@ class _Reader:
         for key in data:
             if key not in known:
                 path = f"{where}.{key}" if where else str(key)
-                self.bad(path, f"unknown key {key!r}", _suggestion(str(key), known))
+                self.bad(path, f"unknown key {key!r}", suggestion(str(key), known))
         return {key: data[key] for key in known if data.get(key) is not None}
 
     def read(self, spec: Any, base: str, seed: int, names: Collection[str]) -> SearchSpace | None:
         top = self.keys(spec, "", _TOP)
-        method = self._method(top.get("method"))
+        methods = read_methods(top.get("method"), self.bad)
         self.groups = self._groups(top.get("layer_groups", 1))
         self.components = read_components(top.get("components", {}), top.get("compat", "paper"), names, self.bad)
         if top.get("compat", "paper") not in ("paper", "mergekit"):
             self.bad("compat", f"compat is {top['compat']!r}", "paper or mergekit")
-        self._check_experts(base, method)
-        if method is None:
+        self._check_experts(base, methods)
+        if not methods:
             return None
-        genes = self._genes(top.get("genes"), method)
+        genes = [*_method_gene(methods), *self._genes(top.get("genes"), methods)]
         searched = set(top["genes"]) if isinstance(top.get("genes"), Mapping) else set()
-        fixed = self._fixed(top.get("fixed", {}), method, searched)
-        for param in method.parameters:
-            if param.required and param.name not in searched | fixed.keys():
-                self.bad("genes", f"{method.name} needs {param.name!r}: search it or fix it")
+        fixed = self._fixed(top.get("fixed", {}), methods, searched)
+        for method in methods:
+            for param in method.parameters:
+                if param.required and param.name not in searched | fixed.keys():
+                    self.bad("genes", f"{method.name} needs {param.name!r}: search it or fix it")
         if "groups" not in self.split and len(self.groups) > 1:
             self.bad("layer_groups", "no gene is split over the layer groups", "set per_group: true")
         if "components" not in self.split and self.components:
             self.bad("components", "no gene is split over them", "set per_component: true")
         if self.problems:
             return None
+        used = searched | fixed.keys()
         space = SearchSpace(
-            method=method.name,
+            methods=tuple(method.name for method in methods),
             base=base,
             experts=self.experts,
             groups=self.groups,
@@ -117,38 +119,29 @@ class _Reader:
             genes=tuple(gene for gene, _ in genes),
             slots=tuple(slot for _, slot in genes),
             fixed=tuple(fixed.items()),
-            per_expert=frozenset(p.name for p in method.parameters if p.per_expert),
-            needs_base=method.takes_base,
+            per_expert=frozenset(p.name for m in methods for p in m.parameters if p.per_expert and p.name in used),
             compat=top.get("compat", "paper"),
             seed=seed,
             description=str(top.get("description", "")),
         )
-        try:
-            space.recipe(space.start())  # what only a recipe knows: the types of fixed parameters
-        except ConfigError as error:
-            found = [Problem(p.message, "fixed", p.hint or p.where) for p in error.problems]
-            self.problems += list(dict.fromkeys(found))  # one for all the models that say the same
+        found: list[Problem] = []
+        for start in space.starts():
+            try:
+                space.recipe(start)  # what only a recipe knows: the types of fixed parameters
+            except ConfigError as error:
+                found += [Problem(p.message, "fixed", p.hint or p.where) for p in error.problems]
+        self.problems += dict.fromkeys(found)  # one for all the models that say the same
         return space
 
-    def _method(self, name: Any) -> Method | None:
-        if not isinstance(name, str):
-            self.bad("method", "method is missing" if name is None else f"{name!r} is not a name")
-            return None
-        try:
-            found: Method = registry.get("methods", name)
-        except ConfigError as error:
-            self.bad("method", error.message, error.hint)
-            return None
-        return found
-
-    def _check_experts(self, base: str, method: Method | None) -> None:
+    def _check_experts(self, base: str, methods: Sequence[Method]) -> None:
+        takes_base = not methods or any(method.takes_base for method in methods)
         paths = [path for _, path in self.experts]
         for name, path in self.experts:
             if not WORD.fullmatch(name):
                 self.bad(f"experts.{name}", "an expert's name is letters, digits, dots, - and _")
-            if (path == base and (method is None or method.takes_base)) or paths.count(path) > 1:
+            if (path == base and takes_base) or paths.count(path) > 1:
                 self.bad(f"experts.{name}", f"{path!r} is the base or another expert too")
-        if method is not None:
+        for method in methods:
             try:
                 method.check_count(len(self.experts), "experts")
             except ConfigError as error:
@@ -161,22 +154,26 @@ class _Reader:
             if len(sizes) != len(given) or not sizes or sum(sizes) != n:
                 self.bad("layer_groups", f"{given!r}: sizes must be positive and sum to {n} layers")
                 sizes = [n]
+        elif given == "each":
+            sizes = [1] * n
         elif type(given) is int and 1 <= given <= n:
             sizes = [n // given + (i < n % given) for i in range(given)]
         else:
-            self.bad("layer_groups", f"{given!r} is not a number of groups", f"1 to {n} layers")
+            self.bad("layer_groups", f"{given!r} is not a number of groups", f"1 to {n} layers, or each")
             sizes = [n]
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
-    def _genes(self, given: Any, method: Method) -> list[tuple[Gene, Slot]]:
+    def _genes(self, given: Any, methods: Sequence[Method]) -> list[tuple[Gene, Slot]]:
+        if given is None and len(methods) > 1:
+            return []  # only the method is searched
         if not isinstance(given, Mapping) or not given:
             self.bad("genes", "a search space needs genes", "weight: search")
             return []
         genes: list[tuple[Gene, Slot]] = []
         for name, entry in given.items():
             where = f"genes.{name}"
-            param = self._parameter(where, name, method)
+            param = union_parameter(methods, name, where, self.bad)
             settings = {} if entry == "search" else self.keys(entry, where, _GENE)
             if param is None:
                 continue
@@ -188,14 +185,6 @@ class _Reader:
             if gene is not None and len(self.problems) == before:
                 genes += self._split(how, gene, line)
         return genes
-
-    def _parameter(self, where: str, name: Any, method: Method) -> Param | None:
-        param = method.parameter(name)
-        if param is None:
-            known = [p.name for p in method.parameters]
-            message = f"{method.name} has no parameter {name!r}"
-            self.bad(where, message, _suggestion(str(name), known))
-        return param
 
     def _searched(self, where: str, settings: Mapping[str, Any], param: Param) -> Searched:
         """Return what the parameter is split over, after complaining about what does not go together."""
@@ -234,12 +223,13 @@ class _Reader:
     def _chosen(self, where: str, settings: Mapping[str, Any], param: Param) -> Gene | None:
         """Return a gene without a name for a list of choices, or None after complaining."""
         before = len(self.problems)
-        for key in ("low", "high", "log"):
+        for key in ("low", "high", "scale", "log"):
             if key in settings:
                 self.bad(f"{where}.{key}", f"{param.name} has choices here, not a range", "choices: [...]")
         given = settings.get("choices", _all_choices(param))
         if not isinstance(given, list) or len(given) < 2:
-            self.bad(f"{where}.choices", f"{given!r} is not a list of at least two choices")
+            hint = f"one value is written under fixed, as {param.name}: VALUE"
+            self.bad(f"{where}.choices", f"{given!r} is not a list of at least two choices", hint)
             return None
         before = len(self.problems)
         choices = [self._choice(f"{where}.choices", value, param) for value in given]
@@ -293,19 +283,35 @@ class _Reader:
                 self.bad(f"{where}.{key}", f"{param.name} has no range of its own, give one")
         if len(self.problems) > before or low is None or high is None:
             return None
-        log, whole = settings.get("log", param.log) is True, param.kind == "int"
+        whole = param.kind == "int"
+        scale = self._scale(where, settings, param, low, high)
         start = settings.get("start", self._default_start(param, low, high))
-        if log and (low < 1 if whole else low <= 0):
-            hint = "1 or more" if whole else "a number above 0"
-            self.bad(f"{where}.low", f"a log scale cannot start from {low!r}", hint)
         if low >= high:
-            self.bad(f"{where}.low", f"low {low!r} is not below high {high!r}")
+            hint = f"one value is written under fixed, as {param.name}: {low!r}" if low == high else ""
+            self.bad(f"{where}.low", f"low {low!r} is not below high {high!r}", hint)
         elif not low <= start <= high:
             self.bad(f"{where}.start", f"{start!r} is outside {low!r} to {high!r}")
         if len(self.problems) > before:
             return None
-        gene = Gene("", float(low), float(high), float(low), log, whole)
+        gene = Gene("", float(low), float(high), float(low), scale, whole)
         return replace(gene, start=gene.clipped(float(start)))
+
+    def _scale(self, where: str, settings: Mapping[str, Any], param: Param, low: float, high: float) -> Scale:
+        """Return a number's scale, after complaining about ranges that it cannot have; `log: true` is `scale: log`."""
+        log, whole = settings.get("log", param.log and "scale" not in settings), param.kind == "int"
+        scale: Scale = settings.get("scale", "log" if log is True else "linear")
+        if scale not in _SCALES:
+            self.bad(f"{where}.scale", f"{scale!r} is not a scale", f"one of {', '.join(_SCALES)}")
+        elif "log" in settings and "scale" in settings and log is not (scale == "log"):
+            self.bad(f"{where}.log", f"`log` and `scale: {scale}` contradict each other", "leave `log` out")
+        elif scale == "logit" and whole:
+            self.bad(f"{where}.scale", "whole numbers have no logit scale", "linear or log")
+        elif scale != "linear" and (low < 1 if whole else low <= 0):
+            hint = "1 or more" if whole else "a number above 0"
+            self.bad(f"{where}.low", f"a {scale} scale cannot start from {low!r}", hint)
+        elif scale == "logit" and high >= 1:
+            self.bad(f"{where}.high", f"a logit scale cannot end at {high!r}", "a number below 1, such as 0.95")
+        return scale
 
     def _default_start(self, param: Param, low: float, high: float) -> float:
         """The method's default; for several experts' weights 1/K each: their mean, a known recipe."""
@@ -369,12 +375,12 @@ class _Reader:
         width = max(2, len(str(self.n_layers - 1)))
         return f".L{first:0{width}d}-{last - 1:0{width}d}"
 
-    def _fixed(self, given: Any, method: Method, searched: set[str]) -> dict[str, Any]:
+    def _fixed(self, given: Any, methods: Sequence[Method], searched: set[str]) -> dict[str, Any]:
         if not isinstance(given, Mapping):
             self.bad("fixed", f"expected a mapping, found {given!r}")
             return {}
         for name, value in given.items():
-            param = self._parameter(f"fixed.{name}", name, method)
+            param = union_parameter(methods, name, f"fixed.{name}", self.bad)
             if name in searched:
                 self.bad(f"fixed.{name}", f"{name!r} is searched already, under genes")
             if isinstance(value, Mapping) and param is not None:
@@ -392,6 +398,13 @@ class _Reader:
             self.bad(where, f"no value for {', '.join(missing)}")
 
 
+def _method_gene(methods: Sequence[Method]) -> list[tuple[Gene, Slot]]:
+    """Return the gene that chooses among several methods, first, or nothing for one."""
+    names = tuple(method.name for method in methods)
+    gene = Gene(METHOD, 0.0, len(names) - 1.0, names[0], choices=names)
+    return [(gene, Slot(METHOD))] if len(names) > 1 else []
+
+
 def _all_choices(param: Param) -> list[Natural]:
     """Every value of a switch or choice. A default of true (the first name) or false ("none") stands for its name:
     so recipes that leave the parameter out are points of the space."""
@@ -404,8 +417,3 @@ def _all_choices(param: Param) -> list[Natural]:
 def _finite(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value)
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

@@ -2,6 +2,7 @@
 
 A gene is a range of numbers, a range of whole numbers, or a list of choices. Of the unit interval, a whole number
 or a choice has a cell; encoding gives the cell's middle. On a linear scale and for choices, cells are equal.
+Equal steps of the unit interval are equal steps of the value, of its logarithm, or of log(v / (1 - v)): its scale.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 from evomerge._recipe_plan import evaluate
 
 DECIMALS = 4
+METHOD = "method"  # the gene that chooses among merge methods
 Natural = float | str  # a number (whole or not), a truth value, or a name
+Scale = Literal["linear", "log", "logit"]
 _SAME = 1e-12  # far below the last decimal of a value, far above the rounding of a curve
 
 
@@ -32,7 +35,7 @@ class Gene:
     low: float
     high: float
     start: Natural
-    log: bool = False
+    scale: Scale = "linear"
     whole: bool = False
     choices: tuple[Natural, ...] = ()
 
@@ -47,20 +50,23 @@ class Gene:
         if self.choices:
             return self.choices[min(len(self.choices) - 1, int(share * len(self.choices)))]
         low, high = self._ends
-        value = low + share * (high - low)
-        if self.log:
-            value = math.exp(math.log(low) + share * math.log(high / low))
-        return self.clipped(value)
+        if self.scale == "log":
+            return self.clipped(math.exp(math.log(low) + share * math.log(high / low)))
+        if self.scale == "logit":
+            return self.clipped(1.0 / (1.0 + math.exp(-_logit(low) - share * (_logit(high) - _logit(low)))))
+        return self.clipped(low + share * (high - low))
 
     def clipped(self, value: float) -> float:
         """Return a number rounded, then moved into the range.
 
-        To 4 decimals; to more where they are needed for 4 digits of a small value on a log scale, or for a thousand
-        steps in a narrow range.
+        To 4 decimals; to more where they are needed for 4 digits of a small value on a log scale (on a logit scale: of
+        what is missing to 1 too), or for a thousand steps in a narrow range.
         """
         if self.whole:
             return min(int(self.high), max(int(self.low), math.floor(value + 0.5)))
-        size = min(self.high, max(self.low, value)) if self.log else self.high - self.low
+        size, inside = self.high - self.low, min(self.high, max(self.low, value))
+        if self.scale != "linear":
+            size = min(size, inside, 1.0 - inside if self.scale == "logit" else inside)
         decimals = max(DECIMALS, DECIMALS - 1 - math.floor(math.log10(size) + _SAME))  # 1.2 - 1.1 is 0.1
         return min(self.high, max(self.low, round(value, decimals) + 0.0))
 
@@ -70,10 +76,12 @@ class Gene:
             return (self._place(value) + 0.5) / len(self.choices)
         number = float(value)
         low, high = self._ends
-        if self.log and self.whole:
+        if self.scale == "log" and self.whole:
             share = math.log(math.sqrt((number - 0.5) * (number + 0.5)) / low) / math.log(high / low)
-        elif self.log:
+        elif self.scale == "log":
             share = math.log(max(number, low) / low) / math.log(high / low)
+        elif self.scale == "logit":
+            share = (_logit(min(high, max(low, number))) - _logit(low)) / (_logit(high) - _logit(low))
         else:
             share = (number - low) / (high - low)
         return min(1.0, max(0.0, share))
@@ -95,10 +103,25 @@ class Gene:
 
     @property
     def domain(self) -> list[Natural] | tuple[float, float, bool]:
-        """What a study records: the choices, or (low, high, log), whole numbers as int."""
+        """What a study records: the choices, or (low, high, whether the scale is log), whole numbers as int."""
         if self.choices:
             return list(self.choices)
-        return (int(self.low), int(self.high), self.log) if self.whole else (self.low, self.high, self.log)
+        log = self.scale == "log"
+        return (int(self.low), int(self.high), log) if self.whole else (self.low, self.high, log)
+
+    @property
+    def categorical(self) -> bool:
+        """True for choices without an order: not all numbers, or numbers that neither rise nor fall."""
+        if not all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in self.choices):
+            return True
+        return list(self.choices) not in (sorted(self.choices), sorted(self.choices, reverse=True))
+
+    @property
+    def cells(self) -> int:
+        """Of how many equal cells the unit interval consists; 0 for numbers, and for whole ones on a log scale."""
+        if self.choices:
+            return len(self.choices)
+        return int(self.high - self.low) + 1 if self.whole and self.scale == "linear" else 0
 
     def snapped(self, value: Any) -> Natural | None:
         """Return the natural value that equals `value` but for rounding, or None."""
@@ -113,6 +136,10 @@ class Gene:
 
     def _place(self, value: Natural) -> int:
         return next(i for i, choice in enumerate(self.choices) if _equal(value, choice))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1.0 - share))
 
 
 def _equal(one: object, other: object) -> bool:

@@ -3,22 +3,39 @@
 A point is a vector in the unit cube (what optimizers see), or a mapping from gene names to natural values (what
 people, recipes and the study see). Natural values are rounded, as a rule to 4 decimals, so that what a recipe
 says is exactly what was merged. Layer groups become slices; equal neighbours melt into one, so a uniform
-point of a layer-wise space is the plain whole-model recipe. Reading the YAML form is `_space_form`'s work.
+point of a layer-wise space is the plain whole-model recipe. A space may choose among methods: a recipe then has the
+parameters of its own method only. Reading the YAML form is `_space_form`'s work, nested spaces are `_space_levels`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evomerge._space_genes import DECIMALS, Gene, Natural, Searched, Slot, bends, cut, from_depth, in_slice, over_depth
+from evomerge._space_genes import (
+    DECIMALS,
+    METHOD,
+    Gene,
+    Natural,
+    Searched,
+    Slot,
+    bends,
+    cut,
+    from_depth,
+    in_slice,
+    over_depth,
+)
+from evomerge._space_methods import method_named
 from evomerge._space_parts import EVERYTHING, Component, outside_probe, probe
 from evomerge.errors import ConfigError, Problem
 from evomerge.recipe import Conditional, Recipe, TensorPlan
+
+if TYPE_CHECKING:
+    from evomerge.optimizers import Facts
 
 __all__ = ["Gene", "Natural", "SearchSpace", "Slot", "known_recipes"]
 
@@ -30,12 +47,12 @@ Piece = tuple[int, int, list[dict[str, Any]], dict[str, Any]]  # layers, setting
 class SearchSpace:
     """Genes and everything that turns their values into a Recipe. Make one with `from_dict`.
 
-    `groups` are [first, past last) layers. `searched` says how each parameter is split, `slots` what each gene sets.
-    `fixed` holds the parameters that are not searched; `per_expert` names the parameters, searched or fixed, that a
-    recipe gives per expert.
+    `methods` are the merge methods; of several, the gene "method" chooses one. `groups` are [first, past last) layers.
+    `searched` says how each parameter is split, `slots` what each gene sets. `fixed` holds the parameters that are not
+    searched; `per_expert` names the parameters, searched or fixed, that a recipe gives per expert.
     """
 
-    method: str
+    methods: tuple[str, ...]
     base: str
     experts: tuple[tuple[str, str], ...]
     groups: tuple[tuple[int, int], ...]
@@ -45,7 +62,6 @@ class SearchSpace:
     slots: tuple[Slot, ...]
     fixed: tuple[tuple[str, Any], ...]
     per_expert: frozenset[str]
-    needs_base: bool
     compat: str
     seed: int
     description: str = ""
@@ -86,6 +102,20 @@ class SearchSpace:
         """Return the natural values where a search starts."""
         return {gene.name: gene.start for gene in self.genes}
 
+    def starts(self) -> list[dict[str, Natural]]:
+        """Return `start()` once with each method."""
+        start = self.start()
+        return [start if len(self.methods) == 1 else start | {METHOD: name} for name in self.methods]
+
+    def facts(self, workers: int = 1, evaluations: int | None = None) -> Facts:
+        """Return what an optimizer may know of the cube: kinds of coordinates, the base's point, nested spaces.
+
+        `workers` and `evaluations` are passed on.
+        """
+        from evomerge._space_levels import space_facts
+
+        return space_facts(self, workers, evaluations)
+
     def decode(self, x: ArrayLike) -> dict[str, Natural]:
         """Return the natural values of a point `(dim,)`; coordinates outside [0, 1] are clipped.
 
@@ -116,10 +146,11 @@ class SearchSpace:
         """
         self._check(params)
         values = {slot: params[g.name] for g, slot in zip(self.genes, self.slots, strict=True)}
-        pieces = self._pieces(values)
+        method = str(params.get(METHOD, self.methods[0]))
+        pieces = self._pieces(values, self.parameters_of(method))
         data: dict[str, Any] = {
-            "merge_method": self.method,
-            "base_model": self.base if self.needs_base else None,
+            "merge_method": method,
+            "base_model": self.base if method_named(method).takes_base else None,
             "compat": self.compat,
             "seed": self.seed,
         }
@@ -143,13 +174,18 @@ class SearchSpace:
         ]
         return Recipe.from_dict(data)
 
-    def _pieces(self, values: Mapping[Slot, Natural]) -> list[Piece]:
+    def parameters_of(self, method: str) -> frozenset[str]:
+        """Return the parameters, searched or fixed, that a method has; the others do not reach its recipes."""
+        named = {how.param for how in self.searched} | {name for name, _ in self.fixed}
+        return frozenset(name for name in named if method_named(method).parameter(name) is not None)
+
+    def _pieces(self, values: Mapping[Slot, Natural], taken: Collection[str]) -> list[Piece]:
         """Return the slices, as few as can be.
 
         A recipe's gradients run over their slice. Where there are several, curves over the whole depth are therefore
         written with one value per layer: exactly what the whole-model gradient gives there.
         """
-        pieces = _melted([(*self.groups[i], *self._settings(values, i)) for i in range(len(self.groups))])
+        pieces = _melted([(*self.groups[i], *self._settings(values, taken, i)) for i in range(len(self.groups))])
         if len(pieces) == 1 or not any(map(_bent, pieces)):
             return pieces
         n = self.n_layers
@@ -164,17 +200,19 @@ class SearchSpace:
         ]
         return _melted(slices, bent=False)  # equal lists in two slices are not one list over both
 
-    def _settings(self, values: Mapping[Slot, Natural], group: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return the parameters of each expert, and those that they share, in a layer group."""
+    def _settings(
+        self, values: Mapping[Slot, Natural], taken: Collection[str], group: int
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the parameters of each expert, and those that they share, in a layer group; only those `taken`."""
         each: list[dict[str, Any]] = [{} for _ in self.experts]
         shared: dict[str, Any] = {}
-        for name, value in self.fixed:
+        for name, value in ((name, value) for name, value in self.fixed if name in taken):
             if name not in self.per_expert:
                 shared[name] = value
                 continue
             for own, (expert, _) in zip(each, self.experts, strict=True):
                 own[name] = value[expert] if isinstance(value, Mapping) else value
-        for how in self.searched:
+        for how in (how for how in self.searched if how.param in taken):
             if how.param in self.per_expert:
                 for index, own in enumerate(each):
                     own[how.param] = self._setting(values, how, index, group)
@@ -209,35 +247,35 @@ class SearchSpace:
         """Return the natural values that make `recipe`, or None if no point of the space does.
 
         Recipes are equal here if every output tensor is planned equally: spelling out a default, or splitting
-        a slice, changes the fingerprint but not the model.
+        a slice, changes the fingerprint but not the model. Genes that the recipe's method does not have are at their
+        start.
         """
-        if (recipe.method, recipe.compat) != (self.method, self.compat):
+        if recipe.method not in self.methods or recipe.compat != self.compat:
             return None
         try:
             wanted = recipe.plan(self._probes(recipe), self.n_layers)
-            params = dict(self._read({plan.name: plan for plan in wanted}))
+            params = dict(self._read(recipe.method, {plan.name: plan for plan in wanted}))
             mine = self.recipe(params)
         except (ConfigError, KeyError, IndexError, TypeError):
             return None  # other experts, other layers, or values outside the ranges or between the decimals
         if mine.plan(self._probes(recipe), self.n_layers) != wanted:
             return None
         same_dtypes = (mine.dtype, mine.out_dtype) == (recipe.dtype, recipe.out_dtype)
-        return params if same_dtypes and (mine.seed == recipe.seed or not self._random) else None
+        same_masks = mine.seed == recipe.seed or not method_named(recipe.method).random
+        return params if same_dtypes and same_masks else None
 
-    @property
-    def _random(self) -> bool:
-        from evomerge import registry
-
-        return bool(registry.get("methods", self.method).random)
-
-    def _read(self, plans: Mapping[str, TensorPlan]) -> Iterator[tuple[str, Natural]]:
+    def _read(self, method: str, plans: Mapping[str, TensorPlan]) -> Iterator[tuple[str, Natural]]:
         """Yield each gene's value in a planned recipe, from tensors that the gene governs.
 
         Raises:
             KeyError: a value that its gene does not have.
         """
         forms = {how.param: how for how in self.searched}
+        taken = self.parameters_of(method)
         for gene, slot in zip(self.genes, self.slots, strict=True):
+            if slot.param not in taken:
+                yield gene.name, method if slot.param == METHOD else gene.start
+                continue
             component = Component("", (EVERYTHING,)) if slot.component is None else self.components[slot.component]
             part = component.parts[0]
             if component.outside:

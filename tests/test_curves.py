@@ -237,7 +237,7 @@ def test_lines_of_the_method_are_searched_like_any_number() -> None:
 @QUIET
 @given(st.integers(1, 40), st.integers(1, 60), st.booleans(), st.floats(0, 1))
 def test_whole_numbers_have_cells(low: int, span: int, log: bool, unit: float) -> None:
-    gene = Gene("n", low, low + span, low, log, whole=True)
+    gene = Gene("n", low, low + span, low, "log" if log else "linear", whole=True)
     value = gene.natural(unit)
     assert type(value) is int and low <= value <= low + span
     assert gene.natural(gene.unit(value)) == value
@@ -650,7 +650,7 @@ def test_recipes_between_the_decimals_have_no_point() -> None:
 
 
 def test_small_values_keep_four_digits() -> None:
-    small = Gene("epsilon", 1e-6, 1e-2, 1e-5, log=True)
+    small = Gene("epsilon", 1e-6, 1e-2, 1e-5, "log")
     values = [small.natural(k / 200) for k in range(201)]
     assert len(set(values)) == 201
     for value in values:
@@ -775,8 +775,21 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
 @pytest.mark.parametrize("text", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_of_the_documentation_work(text: str) -> None:
     made = space(load_yaml(text).data, n_layers=32)
-    params = made.decode(np.random.default_rng(0).random(made.dim))
-    assert made.point_of(made.recipe(params)) == params
+    for start in made.starts():
+        params = made.decode(np.random.default_rng(0).random(made.dim)) | {k: start[k] for k in start if k == "method"}
+        recipe = made.recipe(params)
+        point = made.point_of(recipe)
+        assert point is not None and made.recipe(point).fingerprint == recipe.fingerprint
+        assert point == params or recipe.method == "task_arithmetic"  # which has no density
+
+
+def test_the_documentation_counts_the_levels() -> None:
+    text = next(text for text in EXAMPLES if "layer_groups: each" in text)
+    three = {**EXPERTS, "chat": "models/chat"}
+    made = SearchSpace.from_dict(load_yaml(text).data, "models/base", three, 32)
+    found = [(level.name, level.dim) for level in made.facts().levels]
+    assert found == [("model", 3), ("groups", 36), ("smooth", 63), ("layers", 288)]
+    assert "3, 36, 63 and 288 dimensions" in PAGE and all(f"| `{name}` |" in PAGE for name, _ in found)
 
 
 def test_the_documentation_says_how_many_genes() -> None:

@@ -16,8 +16,8 @@ LAYERS = (
      "feasible", "fidelity", "intervals", "constraints"},
     {"weights", "family", "residency", "model", "scoring", "decoding", "objectives", "storage", "study", "_study_rows"},
     {"worker", "pool", "search", "history", "events"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "selection", "gains", "results", "export",
-     "card", "catalogue", "progress", "output", "commands", "cli", "__main__"},
+    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "rounds", "selection", "gains", "results",
+     "export", "card", "catalogue", "progress", "output", "commands", "cli", "__main__"},
 )  # fmt: skip
 ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker; history is read by search
 

@@ -76,6 +76,7 @@ def test_gene_names_are_readable_and_ordered() -> None:
         (3, 8, [(0, 3), (3, 6), (6, 8)]),
         ([1, 6, 1], 8, [(0, 1), (1, 7), (7, 8)]),
         (8, 8, [(i, i + 1) for i in range(8)]),
+        ("each", 5, [(i, i + 1) for i in range(5)]),
     ],
 )
 def test_layer_groups_cover_the_layers(groups: Any, n_layers: int, expected: list[tuple[int, int]]) -> None:
@@ -90,13 +91,13 @@ def test_layer_groups_cover_the_layers(groups: Any, n_layers: int, expected: lis
     st.floats(-0.5, 1.5, allow_nan=False),
 )
 def test_decoding_what_was_encoded_gives_it_back(low: float, span: float, log: bool, unit: float) -> None:
-    gene = Gene("g", low, low + span, low, log)
+    gene = Gene("g", low, low + span, low, "log" if log else "linear")
     value = gene.natural(unit)
     assert gene.low <= value <= gene.high
     assert gene.natural(gene.unit(value)) == value
     digits = 4 if not log else max(4, 3 - math.floor(math.log10(value)))  # of a small value on a log scale: 4 digits
     narrow = max(0, -1 - math.floor(math.log10(span) + 1e-9))  # a narrow range has a thousand steps
-    assert value in (gene.low, gene.high) or value == round(value, digits + (0 if log else narrow))
+    assert value in (gene.low, gene.high) or value == round(value, max(digits, 4 + narrow))
 
 
 @settings(max_examples=60, deadline=None)
@@ -320,6 +321,7 @@ def test_all_problems_are_listed_at_once_with_their_places() -> None:
         (weights(layer_groups=[8, 0]), "layer_groups"),
         (weights(layer_groups=0), "layer_groups"),
         (weights(layer_groups=True), "layer_groups"),
+        (weights(layer_groups="every"), "layer_groups"),
         (weights(components={"attn": ["self_attn"]}), "components"),
         (weights(components={"all": ["*"], "attn": ["self_attn"]}), "components.attn"),
         (weights(components={"a": ["mlp"], "b": ["mlp.up"], "c": ["*"]}), "components.b"),
@@ -340,6 +342,71 @@ def test_refused(spec: Any, where: str) -> None:
     assert where in problems(spec)
 
 
+def test_a_space_with_a_single_point_is_refused_with_what_to_write() -> None:
+    """One value for a number, a whole number or a choice, one method, no gene at all."""
+    for gene, key in (({"low": 0.5, "high": 0.5}, "low"), ({"choices": [0.5]}, "choices")):
+        found = problems({"method": "task_arithmetic", "genes": {"weight": gene}})
+        assert "written under fixed, as weight:" in found[f"genes.weight.{key}"]
+    assert "fixed, as k: 2" in problems({"method": "consensus", "genes": {"k": {"low": 2, "high": 2}}})["genes.k.low"]
+    assert "needs genes" in problems({"method": "ties", "genes": {}})["genes"]
+    assert "two methods or more" in problems({"method": ["ties"], "genes": {"weight": "search"}})["method"]
+    tiny = space({"method": "task_arithmetic", "genes": {"weight": {"low": 0.5, "high": 0.5 + 1e-9}}})
+    assert len({tiny.genes[0].natural(k / 100) for k in range(101)}) == 101  # narrow, but no single point
+
+
+# ------------------------------------------------------------------------------------- scales
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.floats(1e-4, 0.5), st.floats(1e-4, 0.499), st.floats(0, 1))
+def test_a_logit_scale_treats_both_ends_alike(low: float, missing: float, unit: float) -> None:
+    gene = Gene("density", low, 1 - missing, low, "logit")
+    value = gene.natural(unit)
+    assert isinstance(value, float) and gene.low <= value <= gene.high
+    assert gene.natural(gene.unit(value)) == value == gene.snapped(value)
+    assert gene.unit(value) == pytest.approx(unit, abs=2e-3)  # 4 digits of what lies nearer, 0 or 1
+    assert (gene.unit(gene.low), gene.unit(gene.high)) == (0.0, 1.0)
+    assert gene.domain == (gene.low, gene.high, False)  # as studies record it: Optuna knows linear and log
+
+
+def test_equal_steps_on_a_logit_scale_are_equal_steps_of_the_log_odds() -> None:
+    gene = Gene("density", 0.02, 0.98, 0.5, "logit")
+    assert gene.unit(0.5) == pytest.approx(0.5)
+    odds = [math.log(v / (1 - v)) for v in (float(gene.natural(k / 8)) for k in range(9))]
+    assert np.diff(odds) == pytest.approx(np.full(8, odds[-1] / 4), abs=5e-3)
+
+
+def test_scales_are_named_and_log_true_is_one_of_them() -> None:
+    def gene(**settings_: Any) -> Gene:
+        density = {"low": 0.1, "high": 0.9, "per_expert": False, **settings_}
+        return space({"method": "ties", "genes": {"density": density}}).genes[0]
+
+    assert gene() == gene(scale="linear") == gene(log=False)
+    assert gene(log=True) == gene(scale="log") == gene(scale="log", log=True)
+    assert gene(scale="log").domain == (0.1, 0.9, True)
+    assert gene(scale="logit").scale == "logit"
+    assert (
+        space({"method": "nearswap", "genes": {"t": {"scale": "linear"}}}, experts={"a": "A"}).genes[0].domain[2]
+        is False
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "gene", "key", "said"),
+    [
+        ("ties", {"density": {"scale": "logit"}}, "density.high", "cannot end at 1"),
+        ("ties", {"density": {"scale": "logit", "low": 0.0, "high": 0.9}}, "density.low", "cannot start from 0"),
+        ("ties", {"density": {"scale": "logarithmic"}}, "density.scale", "linear, log, logit"),
+        ("ties", {"density": {"scale": ["log"]}}, "density.scale", "linear, log, logit"),
+        ("ties", {"density": {"scale": "logit", "high": 0.9, "log": True}}, "density.log", "contradict"),
+        ("ties", {"normalize": {"scale": "log"}}, "normalize.scale", "has choices here"),
+        ("consensus", {"k": {"scale": "logit"}}, "k.scale", "no logit scale"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(method: str, gene: dict[str, Any], key: str, said: str) -> None:
+    assert said in problems({"method": method, "genes": gene})[f"genes.{key}"]
+
+
 def test_unusable_experts_are_refused() -> None:
     assert "experts.a b" in problems(weights(), experts={"a b": "A"})
     assert "experts.a" in problems(weights(), experts={"a": "models/base"})
@@ -353,7 +420,8 @@ def test_unusable_experts_are_refused() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_spaces_are_usable(path: Path) -> None:
     spec = load_yaml(path.read_text(encoding="utf-8"), path.name).data
-    most = registry.get("methods", spec["method"]).n_experts[1]
+    listed = spec["method"] if isinstance(spec["method"], list) else [spec["method"]]
+    most = min(registry.get("methods", name).n_experts[1] or 2 for name in listed)
     experts = {"math": "models/math"} if most == 1 else EXPERTS
     made = space(spec, experts=experts)
     assert made.description and made.dim >= 2
@@ -362,7 +430,11 @@ def test_shipped_spaces_are_usable(path: Path) -> None:
         params = made.decode(rng.random(made.dim))
         recipe = made.recipe(params)
         assert len(recipe.plan(NAMES, 8)) == len(NAMES)
-        assert made.point_of(recipe) == params
+        point = made.point_of(recipe)
+        assert point is not None and made.recipe(point).fingerprint == recipe.fingerprint
+        taken = made.parameters_of(recipe.method) | {"method"}
+        for gene, slot in zip(made.genes, made.slots, strict=True):  # others are at their start
+            assert point[gene.name] == (params[gene.name] if slot.param in taken else gene.start)
 
 
 def test_the_promised_spaces_are_shipped() -> None:
@@ -383,4 +455,7 @@ def test_the_promised_spaces_are_shipped() -> None:
         "consensus",
         "layer_swap",
         "pipeline",
+        "nested",
+        "nested_layers",
+        "operators",
     }
