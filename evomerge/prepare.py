@@ -23,7 +23,7 @@ from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import RUNGS, WORTH_ITEMS, additive, share_text
 from evomerge.model import Outline, check_architecture, check_siblings
 from evomerge.objectives import Fitted, Objective, make_objective
-from evomerge.optimizers import Goal, Optimizer, make
+from evomerge.optimizers import Facts, Goal, Optimizer, make
 from evomerge.recipe import Recipe
 from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, settle, show_bytes
 from evomerge.space import SearchSpace, known_recipes
@@ -275,8 +275,6 @@ def _optimizer_name(config: StudyConfig) -> str:
 def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Objective], workers: int) -> Optimizer:
     name = _optimizer_name(config)
     options = dict(config.optimizer_options)
-    if name == "cma_es":
-        options.setdefault("workers", workers)
     goals = []
     for objective in objectives:
         lower, upper = objective.bounds
@@ -284,7 +282,7 @@ def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Obj
             lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
         goals.append(Goal(objective.name, lower, upper))
     start = space.encode(space.start())
-    return make(name, space.dim, goals, config.seed, start, options)
+    return make(name, space.dim, goals, config.seed, start, options, Facts.plain(space.dim, workers))
 
 
 def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Objective]) -> list[Problem]:
