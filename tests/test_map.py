@@ -19,8 +19,8 @@ def test_map_stays_inside_the_box_that_the_data_cover() -> None:
         x = 0.2 + 0.2 * rng.random(2)  # everything promising lies outside
         optimizer.tell(Result(number, x, x, np.full(2, 0.01)))
     asked = np.array([optimizer.ask(number) for number in range(40, 80)])
-    assert (asked >= 0.18 - 1e-9).all() and (asked <= 0.42 + 1e-9).all()
-    assert asked.max() > 0.4
+    assert (asked >= 0.2).all() and (asked <= 0.4).all()  # the hull, not a hair beyond
+    assert asked.max() > 0.38
 
 
 def test_map_spreads_parallel_proposals() -> None:

@@ -1,34 +1,54 @@
-"""Quadratic-surrogate search (MAP), refitted after every result: the default for a few coefficients.
+"""Quadratic-surrogate search (MAP), refitted as results come in: the default for a few coefficients.
 
 After a space-filling design, each objective gets a quadratic surrogate (`evomerge.surrogate`; Li et al.,
 arXiv 2406.07529), and each proposal is the point whose optimistic prediction adds most hypervolume to the front of
-the posterior means of everything evaluated or pending. So proposals spread over the front, and parallel
-workers do not repeat each other. Unlike MAP's released code, nothing is searched outside the box that the data cover.
+the posterior means of everything evaluated or pending (`_map_front`). So proposals spread over the front, and
+parallel workers do not repeat each other. With one objective the proposal is the surrogate's optimum with a bonus for
+uncertainty. Unlike MAP's released code, nothing is searched outside the box that the data cover.
 
 Rules, so that nobody has to guess:
-- design: until `design` results are in (default: coefficients of the full quadratic + 2, but at most
-  max(24, 2 d + 3)), even numbers take axis and diagonal points, odd ones a Sobol sequence scrambled by the seed;
-- model: full quadratic from (d + 1)(d + 2) / 2 + 2 points on, squares only from 2 d + 3, else linear;
-- box: the bounding box of the evaluated points, 10 % wider, inside [0, 1];
-- a share `explore` of the proposals are Sobol points of that box.
+- design: until `design` results are in (default: 2 d + 3, or the full quadratic's coefficients + 2 if these are fewer;
+  `paper`: 30, 50, 60, 85, 100, 140, 250 for 2 to 8 coefficients), even numbers take the corner, axis and diagonal
+  points that are not known yet, odd ones a Sobol sequence scrambled by the seed;
+- box: the bounding box of the evaluated points; a share `explore` of the proposals are Sobol points of that box;
+- constraints: the latest floors told; gains count by the probability that the floors are kept, and while nothing is
+  predicted to keep them the predicted violation is minimised;
+- points that gave no result are not repeated, and lower the gains around them;
+- refits: with every result up to 100, then with every fiftieth part of the results more.
+
+Variants: `bayesian` takes the second half of the design where the surrogates fit badly; `nested` first merges the
+experts pair by pair (`_map_nested`, with `preferences`). Both go on as `quadratic` on all data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import qmc
 
 from evomerge import registry
-from evomerge.front import non_dominated
-from evomerge.optimizers._core import Array, Goal, Result, check_number, rng_for, usable
+from evomerge.errors import ConfigError, Problem
+from evomerge.optimizers._core import (
+    Array,
+    Exhausted,
+    Facts,
+    Goal,
+    Recommendation,
+    Result,
+    check_number,
+    rng_for,
+    usable,
+)
+from evomerge.optimizers._map_design import BINS, PAPER, residual_point, sobol, stars, untried
+from evomerge.optimizers._map_front import Box, near, propose
+from evomerge.optimizers._map_nested import Nested
+from evomerge.optimum import optimum
 from evomerge.surrogate import Quadratic, fit, n_terms
 
-ELITES = 48  # anchors of the search on the surrogate
-ROUNDS = 3
-SAME = 0.005  # two points closer than this in every coordinate are the same experiment
+VARIANTS = ("quadratic", "bayesian", "nested")
+REFIT = 50
+ENUMERABLE = 100_000  # points of a discrete cube up to which its end is noticed
+RECOMMENDED = 4
 
 
 class MapSearch:
@@ -41,165 +61,190 @@ class MapSearch:
         seed: int,
         start: Array,
         *,
-        design: int | None = None,
+        variant: str = "quadratic",
+        design: int | str | None = None,
         explore: float = 0.12,
         optimism: float = 1.0,
+        preferences: Mapping[str, float] | None = None,
+        facts: Facts | None = None,
     ) -> None:
         """See `make`; `design` points come first, `optimism` scales the bonus for uncertainty."""
-        if design is not None:
-            check_number("design", design, 2, whole=True)
+        facts = facts or Facts.plain(dim)
         check_number("explore", explore, 0, 1)
         check_number("optimism", optimism, 0)
-        self._dim, self._goals, self._seed = dim, tuple(goals), seed
+        _check_variant(variant, dim, preferences)
+        self._dim, self._goals, self._seed, self._variant = dim, tuple(goals), seed, variant
         self._explore, self._optimism = explore, optimism
-        few = min(n_terms(dim, "full") + 2, max(24, 2 * dim + 3))
-        self._design = few if design is None else design
-        self._stars = _stars(start)
+        self._design = _design_size(design, dim)
+        self._cells = np.asarray(facts.cells, dtype=np.intp)
+        self._whole = Box(np.zeros(dim), np.ones(dim), self._cells)
+        self._zero = np.zeros(dim) if facts.zero is None else facts.zero.copy()
+        self._stars = self._whole.snap(stars(start))
+        self._nested = Nested(goals, seed, facts, _preferences(goals, preferences)) if variant == "nested" else None
+        self._rows: dict[int, int] = {}  # candidate number -> row of the lists
         self._x: list[Array] = []
         self._values: list[Array] = []
         self._stderr: list[Array] = []
-        self._models: tuple[Quadratic, ...] = ()
-        self._fitted = 0
+        self._failed: list[Array] = []
+        self._floors: Array | None = None
+        self._events = 0
+        self._data: tuple[Array, Array, Array] | None = None  # what the surrogates are fitted to
+        self._models: tuple[Quadratic, ...] | None = None  # a cache of the fit to that
 
     def tell(self, result: Result) -> None:
         """Keep the result; the surrogates are refitted when they are next needed."""
+        if result.floors is not None:
+            floors = np.array(result.floors, dtype=np.float64)
+            self._floors = floors if np.isfinite(floors).any() else None
         told = usable(result, self._dim, len(self._goals))
         if told is not None:
-            for store, item in zip((self._x, self._values, self._stderr), told, strict=True):
-                store.append(item)
+            self._keep(result.number, *told)
+        failed = None
+        if told is None and result.x is not None and np.isfinite(result.x).all():
+            failed = np.clip(np.array(result.x, dtype=np.float64), 0.0, 1.0)
+            if result.number not in self._rows:
+                self._failed.append(failed)
+        if self._nested is not None:
+            x, values, stderr = told or (failed, None, np.empty(0))
+            self._nested.tell(x, values, stderr, self._floors)
+
+    def _keep(self, number: int, x: Array, values: Array, stderr: Array) -> None:
+        row = self._rows.setdefault(number, len(self._x))
+        for store, item in zip((self._x, self._values, self._stderr), (x, values, stderr), strict=True):
+            store[row : row + 1] = [item]
+        self._events += 1
+        if self._events % max(1, self._events // REFIT) == 0 or self._events <= 2 * REFIT:
+            self._data = np.array(self._x), np.array(self._values), np.array(self._stderr)
+            self._models = None
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
-        """Return a design point, an exploring point or the best proposal of the surrogates."""
+        """Return a design point, an exploring point or the best proposal of the surrogates.
+
+        Raises:
+            Exhausted: the cube consists of cells, and each has been tried.
+        """
         rng = rng_for(self._seed, number)
         known = np.array([*self._x, *pending]).reshape(-1, self._dim)
-        if len(self._x) < self._design:
-            return self._design_point(number, known)
-        data = np.array(self._x)
-        low, high = data.min(axis=0), data.max(axis=0)
-        margin = 0.1 * (high - low)
-        low, high = np.maximum(low - margin, 0.0), np.minimum(high + margin, 1.0)
+        failed = np.array(self._failed).reshape(-1, self._dim)
+        taken = np.vstack([known, failed])
+        if self._nested is not None:
+            planned = self._nested.ask(number, pending)
+            if planned is not None:
+                return planned
+        elif len(self._x) < self._design:
+            return self._new(self._design_point(number, taken, rng), taken, number)
+        if self._data is None:
+            return self._new(self._whole.snap(sobol(self._dim, self._seed, number)[None])[0], taken, number)
+        box = self._box()
         if rng.random() >= self._explore:
-            proposal = self._propose(rng, known, low, high)
+            proposal = propose(self._fit(), known, failed, box, self._floors, self._optimism, rng)
             if proposal is not None:
                 return proposal
-        point: Array = low + (high - low) * self._sobol(number)
-        return point
+        return self._new(box.scale(sobol(self._dim, self._seed, number)[None])[0], taken, number)
 
-    def _design_point(self, number: int, known: Array) -> Array:
-        star = self._stars[number // 2 % len(self._stars)]
-        if number % 2 == 0 and not _near(star[None], known)[0]:
-            return np.array(star)
-        return self._sobol(number)
+    def recommend(self) -> Sequence[Recommendation]:
+        """Return the surrogates' optima that are predicted to keep the floors: for the mean, the weakest, and each."""
+        if self._data is None or len(self._data[0]) < self._dim + 2:
+            return []
+        models, box, m = self._fit(), self._box(), len(self._goals)
+        wishes: list[tuple[str, Array | None]] = [("surrogate optimum", np.ones(1))]
+        if m > 1:
+            wishes = [("surrogate optimum (mean)", np.ones(m)), ("surrogate optimum (weakest objective)", None)]
+            wishes += [
+                (f"surrogate optimum ({goal.name})", row) for goal, row in zip(self._goals, np.eye(m), strict=True)
+            ]
+        found: list[Recommendation] = []
+        for why, preferences in wishes:
+            if len(found) == RECOMMENDED:
+                break
+            x, values, _ = optimum(models, preferences, box.low, box.high, self._seed, self._floors)
+            x = box.snap(x[None])[0]
+            slack = 1e-3 * np.array([abs(model.scale) for model in models])
+            feasible = self._floors is None or bool((values >= self._floors - slack).all())
+            if feasible and not near(x[None], np.array([r.x for r in found])).any():
+                found.append(Recommendation(x, why))
+        return found
 
-    def _sobol(self, number: int) -> Array:
-        engine = qmc.Sobol(self._dim, scramble=True, rng=np.random.default_rng([self._seed]))
-        point: Array = engine.fast_forward(number).random(1)[0]
-        return point
+    def _box(self) -> Box:
+        assert self._data is not None
+        return Box(self._data[0].min(axis=0), self._data[0].max(axis=0), self._cells)
 
     def _fit(self) -> tuple[Quadratic, ...]:
-        """Return one surrogate per goal for the results told so far (a cache, not state)."""
-        if self._fitted != len(self._x):
-            x, y, e = np.array(self._x), np.array(self._values), np.array(self._stderr)
+        """Return one surrogate per goal."""
+        assert self._data is not None
+        if self._models is None:
+            x, y, e = self._data
             self._models = tuple(
                 fit(x, y[:, j], e[:, j], lower=goal.lower, upper=goal.upper) for j, goal in enumerate(self._goals)
             )
-            self._fitted = len(self._x)
         return self._models
 
-    def _propose(self, rng: np.random.Generator, known: Array, low: Array, high: Array) -> Array | None:
-        """Return the point with the largest optimistic gain, or None if nothing promises any."""
-        models = self._fit()
-        reached = _means(models, known)
-        front = known[non_dominated(reached)]
-        pool = np.vstack([low + (high - low) * rng.random((512, self._dim)), front])
-        for _ in range(ROUNDS):
-            anchors = pool[_elite(_means(models, pool), ELITES, rng)]
-            pool = np.vstack([anchors, _vary(anchors, 8, rng, low, high)])
-        pool = pool[~_near(pool, known)]
-        if len(pool) == 0:
-            return None
-        bonus = self._optimism * rng.random()
-        hopeful = np.empty((len(pool), len(models)))
-        for j, model in enumerate(models):
-            eta, sd = model.link(pool)
-            hopeful[:, j] = model.value(eta + bonus * sd)
-        # A dominated prediction never gains more than the one that dominates it.
-        choice = np.flatnonzero(non_dominated(hopeful))
-        gains = _gains(hopeful[choice], reached, rng)
-        best = int(np.argmax(gains))
-        return pool[choice[best]] if gains[best] > 0 else None
+    def _design_point(self, number: int, taken: Array, rng: np.random.Generator) -> Array:
+        if self._variant == "bayesian" and len(self._x) >= max(2, self._design // 2):
+            j = number % len(self._goals)
+            assert self._data is not None
+            x, values, _ = self._data
+            return self._whole.snap(residual_point(self._fit()[j], x, values[:, j], self._zero, rng)[None])[0]
+        if number % 2 == 0:
+            fresh = np.flatnonzero(~near(self._stars, taken))
+            if len(fresh):
+                return np.array(self._stars[fresh[0]])
+        return self._whole.snap(sobol(self._dim, self._seed, number)[None])[0]
+
+    def _new(self, point: Array, taken: Array, number: int) -> Array:
+        """Return the point, or an untried one in its stead if the cube consists of cells and it is known."""
+        if (
+            not self._cells.all()
+            or np.prod(self._cells, dtype=np.float64) > ENUMERABLE
+            or not near(point[None], taken)[0]
+        ):
+            return point
+        found = untried(self._cells, taken, number)
+        if found is None:
+            total = int(np.prod(self._cells))
+            raise Exhausted(f"all {total} points of the search space have been tried")
+        return found
 
 
-def _stars(start: Array) -> Array:
-    """Return the axis and diagonal points: where the quadratic terms are best seen (section 2.2)."""
-    dim = len(start)
-    levels = np.array([0.25, 0.5, 0.75, 1.0])
-    diagonal = np.repeat(levels[:, None], dim, axis=1)
-    star = np.repeat(start[None], dim, axis=0)
-    star[np.arange(dim), np.arange(dim)] = np.where(start > 0.5, 0.0, 1.0)
-    rows = [start[None], diagonal, star]
-    return np.vstack(rows)
+def _design_size(design: int | str | None, dim: int) -> int:
+    if design is None:
+        return min(n_terms(dim, "full") + 2, 2 * dim + 3)
+    if design != "paper":
+        check_number("design", design, 2, whole=True)
+        return int(design)
+    if dim not in PAPER:
+        message = f"design: paper is given for 2 to 8 coefficients, and the space has {dim}"
+        raise ConfigError.of([Problem(message, "optimizer.design", "set a number")], "the optimizer's options")
+    return PAPER[dim]
 
 
-def _near(points: Array, known: Array) -> NDArray[np.bool_]:
-    """Return the mask of the points that repeat a known one."""
-    if len(known) == 0:
-        return np.zeros(len(points), dtype=np.bool_)
-    near = np.abs(points[:, None, :] - known[None, :, :]).max(axis=2) < SAME
-    return np.asarray(near.any(axis=1))
+def _check_variant(variant: str, dim: int, preferences: Mapping[str, float] | None) -> None:
+    problem = None
+    if variant not in VARIANTS:
+        problem = Problem(f"variant is {variant!r}", "optimizer.variant", f"one of {', '.join(VARIANTS)}")
+    elif variant == "bayesian" and dim > max(BINS):
+        message = f"variant: bayesian bins directions of at most {max(BINS)} coefficients, and the space has {dim}"
+        problem = Problem(message, "optimizer.variant", "use variant: quadratic")
+    elif preferences is not None and variant != "nested":
+        message = f"preferences are fixed beforehand by variant: nested only, not by {variant}"
+        problem = Problem(message, "optimizer.preferences", "leave them out, and choose from the front afterwards")
+    if problem is not None:
+        raise ConfigError.of([problem], "the optimizer's options")
 
 
-def _means(models: Sequence[Quadratic], x: Array) -> Array:
-    return np.column_stack([model.value(model.link(x)[0]) for model in models])
-
-
-def _elite(values: Array, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """Return the rows of the best non-dominated layers, `count` in all, the last layer thinned at random."""
-    if values.shape[1] == 1:
-        return np.argsort(-values[:, 0], kind="stable")[:count]
-    chosen: list[int] = []
-    rest = np.arange(len(values))
-    while len(chosen) < count and len(rest):
-        layer = non_dominated(values[rest])
-        chosen += rng.permutation(rest[layer]).tolist()
-        rest = rest[~layer]
-    return np.array(chosen[:count])
-
-
-def _vary(anchors: Array, children: int, rng: np.random.Generator, low: Array, high: Array) -> Array:
-    """Return `children` varied copies of each anchor: blends with another anchor plus steps of mixed size."""
-    parents = np.repeat(anchors, children, axis=0)
-    partners = anchors[rng.integers(len(anchors), size=len(parents))]
-    blend = np.where(rng.random(len(parents)) < 0.5, rng.random(len(parents)), 0.0)[:, None]
-    size = 10.0 ** rng.uniform(-2.3, -0.7, (len(parents), 1))
-    moved = rng.random(parents.shape) < rng.uniform(0.1, 1.0, (len(parents), 1))
-    step = size * rng.standard_normal(parents.shape) * moved * (high - low)
-    return np.clip(parents + blend * (partners - parents) + step, low, high)
-
-
-def _gains(hopeful: Array, reached: Array, rng: np.random.Generator) -> Array:
-    """Return the hypervolume that each hopeful row adds to the front of `reached`, by Monte Carlo.
-
-    The reference lies a tenth of the front's range below its worst values, so the front's ends can still grow.
-    """
-    if reached.shape[1] == 1:
-        return np.asarray(hopeful[:, 0] - reached.max())
-    front = reached[non_dominated(reached)]
-    span = front.max(axis=0) - front.min(axis=0)
-    span = np.where(span > 0, span, reached.max(axis=0) - reached.min(axis=0) + 1e-12)
-    low = front.min(axis=0) - 0.1 * span
-    high = np.maximum(front.max(axis=0), hopeful.max(axis=0))
-    samples = np.empty((0, len(low)))
-    for _ in range(4):
-        fresh = low + (high - low) * rng.random((2048, len(low)))
-        covered = (front[:, None, :] >= fresh[None, :, :]).all(axis=2).any(axis=0)
-        samples = np.vstack([samples, fresh[~covered]])
-        if len(samples) >= 512:
-            break
-    if len(samples) == 0:
-        return np.zeros(len(hopeful))
-    gains: Array = (hopeful[:, None, :] >= samples[None, :, :]).all(axis=2).mean(axis=1)
-    return gains
+def _preferences(goals: Sequence[Goal], preferences: Mapping[str, float] | None) -> Array:
+    if preferences is None:
+        return np.ones(len(goals))
+    names = [goal.name for goal in goals]
+    hint = f"a number from 0 on for some of the objectives {', '.join(names)}; the others count as 0"
+    numbers = isinstance(preferences, Mapping) and all(
+        key in names and isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < np.inf
+        for key, value in preferences.items()
+    )
+    if not numbers or not sum(preferences.values()) > 0:
+        problem = Problem(f"preferences is {preferences!r}", "optimizer.preferences", hint)
+        raise ConfigError.of([problem], "the optimizer's options")
+    return np.array([float(preferences.get(name, 0.0)) for name in names])
 
 
 registry.register("optimizers", "map", MapSearch)
