@@ -17,6 +17,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -88,8 +89,13 @@ class Level:
 
         `tolerance` covers the rounding of recipes to 4 decimals.
         """
-        z = np.clip(np.linalg.pinv(self.matrix) @ (x - self.origin), 0.0, 1.0)
+        z = np.clip(self._inverse @ (x - self.origin), 0.0, 1.0)
         return z if bool((np.abs(self.embed(z) - x) <= tolerance).all()) else None
+
+    @cached_property
+    def _inverse(self) -> Array:
+        # Once per level, not per point: 0.9 s for 960 dimensions.
+        return np.asarray(np.linalg.pinv(self.matrix), dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
