@@ -6,8 +6,8 @@ the layer, which layers matter being random too); each layer has a target of its
 a few random directions across everything.
 
 Item i of task t is answered right if z_i(w) exceeds the normal quantile of 1 - score_t(w). z_i is the item's own
-difficulty plus a random function of the weights (random Fourier features), and exactly standard normal for every w: so the
-truth is known in closed form, near merges agree on most items, and far ones on fewer.
+difficulty plus a random function of the weights (random Fourier features), and exactly standard normal for every w. So
+the truth is known in closed form, near merges agree on most items, and far ones on fewer.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ cube `(experts * layers * components,)` of weights / HIGHEST, in which coarser s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -122,28 +123,64 @@ class Truth:
     landscape: Landscape
     _known: dict[bytes, Array] = field(default_factory=dict)
 
-    def __call__(self, x: Array) -> Array:
-        """True scores `(n_tasks,)` of a point of the cube."""
-        key = np.round(x, 6).tobytes()
+    def __call__(self, weights: Array) -> Array:
+        """True scores `(n_tasks,)` of weights `(experts, layers, components)`."""
+        key = np.round(weights, 6).tobytes()
         if key not in self._known:
-            self._known[key] = self.landscape.truth(self.landscape.shape.weights(x))
+            self._known[key] = self.landscape.truth(weights)
         return self._known[key]
+
+    def uniform_of(self, scale: float) -> float:
+        """Mean true score of task arithmetic with one scale."""
+        shape = self.landscape.shape
+        return float(self(np.full((shape.experts, shape.layers, shape.components), scale)).mean())
 
     @cached_property
     def uniform(self) -> float:
-        """Mean true score of the best task arithmetic with one scale."""
-        shape = self.landscape.shape
-        return max(float(self(shape.point(np.full((1, 1, 1), s))).mean()) for s in (0.0, *UNIFORM_SCALES))
+        """Mean true score of the best task arithmetic with one scale, the base included."""
+        return max(self.uniform_of(scale) for scale in (0.0, *UNIFORM_SCALES))
 
     @cached_property
     def oracle(self) -> float:
         """Mean true score of the oracle's weights."""
-        return float(self(self.landscape.shape.point(self.landscape.optimum())).mean())
+        return float(self(self.landscape.optimum()).mean())
 
     @cached_property
     def reference(self) -> Array:
         """The reference `(n_tasks,)` of hypervolumes: a little below the base's true scores."""
-        return self(np.zeros(self.landscape.shape.dim)) - BELOW_BASE
+        return self(self.landscape.shape.weights(np.zeros(self.landscape.shape.dim))) - BELOW_BASE
+
+
+class Meter:
+    """Scores weights on the splits and counts the items; one evaluation is the whole search split.
+
+    Args:
+        objectives: the tasks of each objective, whose score is the mean over their items.
+    """
+
+    def __init__(self, landscape: Landscape, objectives: Sequence[Sequence[int]]) -> None:
+        self.landscape, self.objectives = landscape, [list(own) for own in objectives]
+        n = landscape.n_items
+        self.positions = [np.concatenate([np.arange(t * n, (t + 1) * n) for t in own]) for own in self.objectives]
+        self._unit = landscape.n_tasks * n
+        self._used = 0
+
+    @property
+    def spent(self) -> float:
+        """Evaluations so far."""
+        return self._used / self._unit
+
+    def items(self, weights: Array, split: str, positions: NDArray[np.intp]) -> Array:
+        """Outcomes `(n,)` at positions of all tasks' items."""
+        self._used += len(positions)
+        return self.landscape.outcomes(weights, split, positions).astype(np.float64)
+
+    def values(self, weights: Array, share: float = 1.0) -> Array:
+        """Scores `(m,)` on the first items of each task of the search split."""
+        n = self.landscape.n_items
+        chosen = np.arange(self._unit).reshape(-1, n)[:, : max(1, round(share * n))]
+        outcomes = self.items(weights, "search", chosen.ravel()).reshape(chosen.shape)
+        return np.array([outcomes[own].mean() for own in self.objectives])
 
 
 def sigmoid(x: Any) -> Any:

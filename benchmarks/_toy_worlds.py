@@ -1,11 +1,11 @@
 """Trained toy worlds: a residual MLP of 12 blocks on 3 tasks, a base and 4 unequal experts, built in seconds.
 
 Tasks are the labels of random teachers. All have Gaussian inputs; a one-hot part tells which task is meant, but not in
-the conflicting world, where two tasks share inputs and disagree on some labels. The base saw little of every task; what the
-experts are fine-tuned on is the kind of the world. Weights have one coefficient per expert and layer (input, 12 blocks,
-output). A model is a few small products of matrices: milliseconds per candidate. Items come from the same generator as
-the training data, so that there are as many as one wants: the truth is the score on a big pool that nobody else sees, and
-the oracle follows the gradient of the coefficients on another one.
+the conflicting world, where two tasks share inputs and disagree on some labels. The base saw little of every task; what
+the experts are fine-tuned on is the kind of the world. Weights have one coefficient per expert and layer (input, 12
+blocks, output). A model is a few small products of matrices: milliseconds per candidate. Items come from the generator
+of the training data, so that there are as many as one wants: the truth is the score on a big pool that nobody else sees,
+and the oracle follows the gradient of the coefficients on another one.
 
 Trained worlds are kept in a folder (EVOMERGE_TOY_WORLDS, else one in the system's folder for temporary files).
 """
@@ -28,7 +28,7 @@ WORLDS = 5  # of each kind; seed s searches world s % WORLDS with items of its o
 TASKS, CLASSES, INPUTS, WIDTH, BLOCKS, EXPERTS = 3, 5, 16, 32, 12, 4
 LAYERS = BLOCKS + 2
 VERSION = 1  # of the recipe below; part of the file's name
-BASE_STEPS, BATCH = 700, 256
+BASE_STEPS, BATCH = 150, 256
 TRUTH_ITEMS, ORACLE_ITEMS = 4000, 4000
 
 Params = dict[str, np.ndarray]
@@ -46,22 +46,22 @@ class Course:
 
 COURSES = {
     "balanced": (
-        Course((0.8, 0.1, 0.1), 300),
-        Course((0.1, 0.8, 0.1), 300),
-        Course((0.1, 0.1, 0.8), 300),
-        Course((0.34, 0.33, 0.33), 300),
+        Course((0.7, 0.15, 0.15), 150, 7e-4),
+        Course((0.15, 0.7, 0.15), 150, 7e-4),
+        Course((0.15, 0.15, 0.7), 150, 7e-4),
+        Course((0.34, 0.33, 0.33), 100, 5e-4),
     ),
     "heterogeneous": (  # a strong, a fair and a weak expert, and one that learned noise
-        Course((1.0, 0.0, 0.0), 900, 2e-3),
-        Course((0.0, 1.0, 0.0), 400),
-        Course((0.0, 0.0, 1.0), 150, 5e-4),
-        Course((0.34, 0.33, 0.33), 500, 2e-3, noise=1.0),
+        Course((0.9, 0.05, 0.05), 600),
+        Course((0.05, 0.9, 0.05), 300),
+        Course((0.05, 0.05, 0.9), 150, 5e-4),
+        Course((0.34, 0.33, 0.33), 300, noise=1.0),
     ),
     "conflicting": (
-        Course((1.0, 0.0, 0.0), 500),
-        Course((0.0, 1.0, 0.0), 500),
-        Course((0.0, 0.0, 1.0), 400),
-        Course((0.3, 0.0, 0.7), 200),
+        Course((1.0, 0.0, 0.0), 300),
+        Course((0.0, 1.0, 0.0), 300),
+        Course((0.1, 0.1, 0.8), 300),
+        Course((0.4, 0.0, 0.6), 150),
     ),
 }
 

@@ -1,0 +1,243 @@
+"""evomerge's arms of the search benchmark: the package's own parts, driven by the engine's loop without its database.
+
+Known recipes first and scored in full; then ask, score, tell, with the engine's own optimizers, rungs, rivals and
+estimates. What is handed over of one objective is chosen as the package does: the optimizer's recommendations, the
+candidates that are best by posterior mean and the best known recipes meet on items that no search has seen, in halving
+rounds. Those items are paid for out of the same budget: before each point where results are looked at, some evaluations
+are kept for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from _landscapes import Array, Landscape, Meter, known_recipes
+
+ROUNDS = (0.25, 0.5, 1.0)  # shares of the validation items
+MOST_FINALISTS = 12
+
+
+@dataclass(frozen=True)
+class Evomerge:
+    """An arm: which optimizer at which level, and what is left out.
+
+    Attributes:
+        level: None is the whole cube with all its levels as facts; a name is that level alone.
+        racing: stop candidates that are beaten, with estimates.
+        guard: choose on fresh items; otherwise the first recommendation is handed over.
+    """
+
+    optimizer: str = "coarse_to_fine"
+    level: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    rotation: bool = True
+    matrix: bool = True
+    racing: bool = True
+    guard: bool = True
+    modes: tuple[str, ...] = ("one", "front")
+    most: float = np.inf
+    seeds: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A candidate of the run: weights, point of the optimizer's cube, values and errors `(m,)`; whole: scored in full."""
+
+    weights: Array
+    x: Array
+    values: Array
+    stderr: Array
+    whole: bool
+    known: bool
+
+
+class MeteredObjective:
+    """An objective of the package's protocol whose "live model" is an array of weights."""
+
+    maximize, partial, bounds, splits = True, True, (0.0, 1.0), ("search",)
+
+    def __init__(self, name: str, meter: Meter, index: int) -> None:
+        self.name, self._meter, self._positions = name, meter, meter.positions[index]
+
+    def size(self, split: str) -> int:
+        return len(self._positions)
+
+    def score(self, live: Any, split: str, positions: Sequence[int] | None = None) -> Any:
+        chosen = self._positions if positions is None else self._positions[np.asarray(positions, dtype=np.intp)]
+        return self.aggregate(self._meter.items(live, split, chosen))
+
+    def aggregate(self, items: np.ndarray) -> Any:
+        from evomerge.objectives import mean_scores
+
+        return mean_scores(items)
+
+
+class Run:
+    """One search of an arm."""
+
+    def __init__(self, arm: Evomerge, landscape: Landscape, meter: Meter, seed: int, budget: float) -> None:
+        from evomerge.fidelity import RUNGS, Rivals
+        from evomerge.optimizers import Facts, Goal, make
+
+        self._arm, self._meter, self._seed = arm, meter, seed
+        shape = landscape.shape
+        evaluations = int(budget)
+        self._shape, self._ties = shape, shape.ties(arm.level or "layers")
+        dim = self._ties.shape[1]
+        facts = Facts.plain(dim, evaluations=evaluations) if arm.level else shape.facts(evaluations)
+        names = [f"objective {j}" for j in range(len(meter.objectives))]
+        self._objectives = [MeteredObjective(name, meter, j) for j, name in enumerate(names)]
+        goals = [Goal(name, 0.0, 1.0) for name in names]
+        start = self._unit(known_recipes(shape)[1 + shape.experts][1])
+        self._optimizer = make(arm.optimizer, dim, goals, seed, start, arm.options, facts)
+        rungs = RUNGS if arm.racing else (1.0,)
+        self._items: dict[int, list[np.ndarray]] = {}
+        self._rivals = Rivals(seed, rungs, dict.fromkeys(names, True), self._items.__getitem__)
+        self._sizes: dict[tuple[str, str], int] = {}
+        self.candidates: list[Candidate] = []
+
+    def _unit(self, x: Array) -> Array:
+        """The point of the optimizer's cube of a point `(dim,)` of the whole cube that lies in the level."""
+        return np.asarray(np.linalg.lstsq(self._ties, x, rcond=None)[0])
+
+    def weights(self, x: Array) -> Array:
+        """The weights of a point of the optimizer's cube, rounded as recipes are."""
+        return np.round(self._shape.weights(np.clip(self._ties @ x, 0.0, 1.0)), 4)
+
+    def step(self) -> bool:
+        """Ask for one candidate, score it, tell it; False where nothing is left to ask for."""
+        from evomerge.optimizers import Exhausted, Result
+        from evomerge.worker import score_in_rungs
+
+        number = len(self.candidates)
+        recipes = known_recipes(self._shape)
+        known = number < len(recipes)
+        try:
+            x = self._unit(recipes[number][1]) if known else self._optimizer.ask(number)
+        except Exhausted:
+            return False
+        weights = self.weights(x)
+        race = self._rivals.race(to_the_end=known)
+        assert race is not None
+        scores, stopped = score_in_rungs(self._objectives, weights, "search", race, self._sizes)  # type: ignore[arg-type]
+        found = [scores[o.name] for o in self._objectives]
+        values, stderr = np.array([s.value for s in found]), np.array([s.stderr for s in found])
+        items = None
+        if stopped is None:
+            items = self._items[number] = [np.asarray(s.items) for s in found]
+            self._rivals.add(number, values.tolist())
+        self.candidates.append(Candidate(weights, x, values, stderr, stopped is None, known))
+        self._optimizer.tell(Result(number, x, values, stderr, items=items))
+        return True
+
+    def recommended(self) -> list[Array]:
+        """The weights that the optimizer recommends, best first."""
+        from evomerge.optimizers import Recommends
+
+        if not isinstance(self._optimizer, Recommends):
+            return []
+        return [self.weights(r.x) for r in self._optimizer.recommend()]
+
+    def ranked(self) -> list[Candidate]:
+        """Candidates by the mean of their posterior means, best first; the raw values where there is no posterior."""
+        done = self.candidates
+        x, y, e = (np.array([getattr(c, part) for c in done]) for part in ("x", "values", "stderr"))
+        try:
+            from evomerge.surrogate import posterior
+        except ImportError:
+            merit = y.mean(axis=1)
+        else:
+            x = x @ np.eye(x.shape[1])
+            merit = np.mean([posterior(x, y[:, j], e[:, j], 0.0, 1.0)[0] for j in range(y.shape[1])], axis=0)
+        return [done[i] for i in np.argsort(-merit, kind="stable")]
+
+    # ---------------------------------------------------------------- what is handed over
+
+    def best(self, allowance: float) -> Array:
+        """The weights to hand over for a single objective, after at most `allowance` evaluations on fresh items."""
+        ranked, recommended = self.ranked(), self.recommended()
+        if not self._arm.guard:
+            return recommended[0] if recommended else ranked[0].weights
+        whole = [c for c in ranked if c.whole]
+        anchors = sorted((c for c in whole if c.known), key=lambda c: -float(c.values.mean()))[:2]
+        offered = [*recommended, *(c.weights for c in anchors), *(c.weights for c in whole if not c.known)]
+        finalists = _distinct(offered)[: int(np.clip(2 * allowance, 1, MOST_FINALISTS))]
+        return self._halved(finalists)
+
+    def _halved(self, finalists: list[Array]) -> Array:
+        """The winner of paired rounds on growing parts of the validation split; half of them leave each round."""
+        sizes = [len(p) for p in self._meter.positions]
+        order = [np.random.default_rng([self._seed, 77]).permutation(n) for n in sizes]
+        sums = np.zeros((len(finalists), len(sizes)))
+        alive = list(range(len(finalists)))
+        before = 0.0
+        for share in ROUNDS:
+            for i in alive:
+                for j, n in enumerate(sizes):
+                    chosen = self._meter.positions[j][order[j][round(before * n) : round(share * n)]]
+                    sums[i, j] += self._meter.items(finalists[i], "validation", chosen).sum()
+            before = share
+            alive.sort(key=lambda i: -float((sums[i] / sizes).mean()))
+            if len(alive) == 1:
+                break
+            if share < 1.0:
+                alive = alive[: max(1, len(alive) // 2)]
+        return finalists[alive[0]]
+
+    def front(self, allowance: float) -> list[tuple[Array, Array]]:
+        """Weights and scores of the non-dominated candidates scored in full, recommendations included."""
+        from evomerge.front import non_dominated
+
+        scored = [(c.weights, c.values) for c in self.candidates if c.whole]
+        for weights in self.recommended()[: int(allowance)]:
+            scored.append((weights, self._meter.values(weights)))
+        mask = non_dominated(np.array([v for _, v in scored]))
+        return [pair for pair, good in zip(scored, mask, strict=True) if good]
+
+
+def allowance_at(checkpoint: float, arm: Evomerge, mode: str) -> float:
+    """Evaluations that are kept for choosing, of `checkpoint` in all."""
+    if mode == "front":
+        return float(min(4.0, 0.1 * checkpoint))
+    return float(min(MOST_FINALISTS / 2, 0.2 * checkpoint)) if arm.guard else 0.0
+
+
+def run_evomerge(
+    arm: Evomerge, landscape: Landscape, meter: Meter, seed: int, budget: float, checkpoints: Sequence[float], mode: str
+) -> Iterator[tuple[float, Run, float]]:
+    """(checkpoint, run so far, allowance) for each checkpoint; choosing does not change the run."""
+    run = Run(arm, landscape, meter, seed, budget)
+    left = [c for c in checkpoints if c <= budget]
+    searched = 0.0  # evaluations of the search itself, those of choosing not counted
+    going = True
+    while left:
+        allowance = allowance_at(left[0], arm, mode)
+        if going and searched < left[0] - allowance:
+            before = meter.spent
+            going = run.step()
+            searched += meter.spent - before
+            continue
+        yield left.pop(0), run, allowance
+
+
+def _distinct(offered: Sequence[Array]) -> list[Array]:
+    found: dict[bytes, Array] = {}
+    for weights in offered:
+        found.setdefault(np.round(weights, 4).tobytes(), weights)
+    return list(found.values())
+
+
+EVOMERGE: dict[str, Evomerge] = {
+    "evomerge": Evomerge(),
+    "evomerge, no rotation": Evomerge(rotation=False, most=240),
+    "evomerge, straight to groups": Evomerge("cma_es", level="groups", most=240),
+    "evomerge, no matrix": Evomerge(matrix=False, most=240, modes=("one",)),
+    "evomerge, no racing": Evomerge(racing=False, most=240),
+    "evomerge, no guard": Evomerge(guard=False, modes=("one",)),
+    "map, model": Evomerge("map", level="model", most=240),
+    "cma_es, model": Evomerge("cma_es", level="model", modes=("one",)),
+    "cma_es, layers": Evomerge("cma_es", level="layers", modes=("one",)),
+}
