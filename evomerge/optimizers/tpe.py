@@ -33,10 +33,10 @@ class Tpe:
         startup: int = 10,
     ) -> None:
         """See `make`; the first `startup` results are answered at random."""
+        check_number("startup", startup, 1, whole=True)
         if window is None:
             window = max(2 * startup, min(WINDOW, COORDINATES // dim))
-        check_number("window", window, 10, whole=True)
-        check_number("startup", startup, 1, whole=True)
+        check_number("window", window, max(10, startup), whole=True)
         self._dim, self._n_goals, self._seed = dim, len(goals), seed
         self._startup = startup
         self._rows = Rows(dim, self._n_goals, window)
