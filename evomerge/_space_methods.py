@@ -77,6 +77,8 @@ def union_parameter(methods: Sequence[Method], name: Any, where: str, bad: Bad) 
     return replace(
         first,
         default=None if nameless else first.default,
+        low=None if first.low is None else max(first.low, bounds[0]),
+        high=None if first.high is None else min(first.high, bounds[1]),
         limits=None if bounds == (-math.inf, math.inf) else bounds,
         choices=choices,
         accepts_bool=all(param.accepts_bool for param in params),

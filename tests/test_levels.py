@@ -82,6 +82,10 @@ RICH = {
         ({"method": "consensus", "layer_groups": 2, "genes": {"k": {"low": 1, "high": 3, "per_group": True}}},
          [("model", 1), ("groups", 2)]),
         (RICH, [("model", 5), ("operator", 8), ("groups", 32), ("smooth", 50), ("layers", 60)]),
+        # of 5 layer groups, 4 blocks leave one cosine
+        ({"method": "task_arithmetic", "layer_groups": 5,
+          "genes": {"weight": {"curve": 8}, "lambda": {"per_group": True}}},
+         [("model", 3), ("groups", 12), ("smooth", 19), ("layers", 21)]),
         ({**LAYERED, "layer_groups": "each", "components": PARTED},
          [("model", 2), ("groups", 28), ("smooth", 46), ("layers", 52)]),
     ],

@@ -142,6 +142,13 @@ def test_the_range_is_that_of_the_first_method_that_has_the_parameter() -> None:
     assert (one.low, one.high) == (0.3, 2.5) and (two.low, two.high) == (0.3, 1.5)
 
 
+def test_a_range_must_be_allowed_by_all_methods() -> None:
+    spec = {"method": ["ramplus_tl", "opcm"], "genes": {"alpha": "search"}}
+    assert space(spec).genes[-1].high == 0.999  # ramplus_tl's own range ends at 1, which opcm forbids
+    found = problems({**spec, "genes": {"alpha": {"high": 1.0}}})
+    assert "outside what alpha may be" in found["genes.alpha.high"]
+
+
 def test_choices_are_those_that_all_methods_know() -> None:
     made = space({"method": ["dare_ties", "ties"], "genes": {"weight": "search", "rescale": "search"}})
     assert "inv_prob" not in made.genes[-1].choices and {"l1", "l2"} <= set(made.genes[-1].choices)
