@@ -110,8 +110,7 @@ class Run:
             # A step size beyond the box says only that the landscape is flat.
             es.sigma /= max(1.0, float(np.max(es.stds)))
             floors = margin(np.clip(es.mean, 0.0, 1.0), self._cells, self._share)
-            es.opts["minstd"] = floors
-            es._stds_into_limits()
+            es.sigma_vec *= np.maximum(1.0, floors / es.stds)
         self.ended = not self._take_over() or not self._moving(floors)
 
     def _take_over(self) -> bool:

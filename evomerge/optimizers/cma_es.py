@@ -50,8 +50,8 @@ from evomerge.optimizers._core import (
 
 RECOGNISED = 0.02  # natural values are rounded to 4 decimals before they come back
 RECENT = 32  # distributions of a direction from which points may still be on their way
-EARLY = 50  # results that tell the spread of the values: later ones crowd together, for some goals more than for others
-BROKEN = 10  # times the better three quarters' range: what lies further below counts as lying there
+EARLY = 50  # results that tell how bad values are: later ones crowd together, for some goals more than for others
+BROKEN = 5  # times the better three quarters' range: what lies further below counts as lying there
 KNOWN = 1000  # newest results that may set a start
 BEST_SHARE = 0.1
 AUGMENTED = 0.05  # share of the weighted sum in the Tchebycheff distance, against points that are only weakly best
@@ -160,14 +160,15 @@ class CmaEs:
         return rng_for(self._seed, number).standard_normal((TRIES, self._dim))
 
     def _scale(self) -> _Scale:
-        """Return the best values so far and the range of the early ones, little stretched by broken candidates."""
+        """Return the best values so far and their distance from the worst early ones that were not broken."""
         one = np.ones(self._n_goals)
         if self._raw or not self._early:
             return _Scale(self._best if self._early else 0 * one, one)
         early = np.array(self._early)
         bulk = early.max(axis=0) - np.quantile(early, 0.25, axis=0)
-        unit = np.ptp(early, axis=0)
-        unit = np.where(bulk > 0, np.minimum(unit, BROKEN * bulk), unit)
+        low = early.min(axis=0)
+        low = np.where(bulk > 0, np.maximum(low, early.max(axis=0) - BROKEN * bulk), low)
+        unit = self._best - low
         return _Scale(self._best, np.where(unit > 0, unit, 1.0))
 
     def _share(self, number: int, new: _Told, owner: int) -> None:
