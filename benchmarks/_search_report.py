@@ -233,5 +233,6 @@ def _plateau_verdict(landscape: str, curves: dict[str, Curves]) -> list[str]:
     return [
         f"{landscape}: the recommendation minus the best uniform recipe, worst checkpoint "
         f"({CHECKPOINTS[seen[worst]]} evaluations): {means[worst]:+.4f} in the mean, "
-        f"{difference[:, seen].min():+.4f} for the worst seed, target at least {-PLATEAU_LOSS:g} in the mean: {_met(means[worst] >= -PLATEAU_LOSS)}"
+        f"{difference[:, seen].min():+.4f} for the worst seed, target at least {-PLATEAU_LOSS:g} in the mean: "
+        f"{_met(means[worst] >= -PLATEAU_LOSS)}"
     ]

@@ -4,8 +4,8 @@ Tasks are the labels of random teachers. All have Gaussian inputs; a one-hot par
 the conflicting world, where two tasks share inputs and disagree on some labels. The base saw little of every task; what
 the experts are fine-tuned on is the kind of the world. Weights have one coefficient per expert and layer (input, 12
 blocks, output). A model is a few small products of matrices: milliseconds per candidate. Items come from the generator
-of the training data, so that there are as many as one wants: the truth is the score on a big pool that nobody else sees,
-and the oracle follows the gradient of the coefficients on another one.
+of the training data, as many as one wants: the truth is the score on a big pool that nobody else sees, and the oracle
+follows the gradient of the coefficients on another one.
 
 Trained worlds are kept in a folder (EVOMERGE_TOY_WORLDS, else one in the system's folder for temporary files).
 """

@@ -1,7 +1,7 @@
 """The demo zoo as a table: which items a merge gets right, for merges on a grid of weights, kept once computed.
 
 A search in a benchmark needs thousands of scores, of which a table gives the nearest. Each entry is a real merge,
-scored once with the zoo's own plain scorer.
+scored once with the zoo's own plain scorer. `ZooLandscape` is the zoo as the benchmark of searches sees it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _landscapes import HIGHEST, Array, Shape
+from numpy.typing import NDArray
 
 N_EXPERTS = 3
 STEP = 0.15  # of a weight; nine levels from 0 to 1.2 make 729 merges
@@ -34,6 +36,7 @@ class Landscape:
         self._file = folder / f"zoo.{split}.{limit or 'all'}.npz"
         self._bench: Any = None
         self._table: dict[Point, np.ndarray] = {}
+        self._layered: dict[bytes, np.ndarray] = {}
         if self._file.exists():
             with np.load(self._file) as stored:
                 self._table = {tuple(p): s for p, s in zip(stored["points"].tolist(), stored["items"], strict=True)}
@@ -55,6 +58,24 @@ class Landscape:
             if len(self._table) % SAVE_EVERY == 0:
                 self.save()
         return self._table[point]
+
+    def points(self) -> list[Point]:
+        """The grid points that have been scored."""
+        return sorted(self._table)
+
+    def layered(self, weights: np.ndarray) -> np.ndarray:
+        """Right answers `(tasks, items)` of the merge with weights `(experts, layers)`, kept in memory only."""
+        from zoo.data import TASKS
+        from zoo.table import EXPERTS, Bench
+
+        key = np.round(weights, 4).tobytes()
+        if key not in self._layered:
+            if self._bench is None:
+                self._bench = Bench(self.split, self.limit)
+            groups = [dict(zip(EXPERTS, column.tolist(), strict=True)) for column in weights.T]
+            scores = self._bench.scores(self._bench.grouped(groups))
+            self._layered[key] = np.stack([scores[task].numpy() for task in TASKS]).astype(np.uint8)
+        return self._layered[key]
 
     def nearest(self, weights: np.ndarray) -> Point:
         """The scored merge that is nearest to weights `(experts,)`."""
@@ -85,6 +106,65 @@ class Landscape:
 def grid_point(weights: np.ndarray) -> Point:
     """The nearest grid point of weights."""
     return tuple(np.clip(np.rint(weights / STEP), 0, LEVELS - 1).astype(int).tolist())
+
+
+class ZooLandscape:
+    """Real merges of the demo zoo as a landscape of `search_efficiency.py`; a seed draws half of the search items.
+
+    The other half is for validation, and the truth is the score on test items. The oracle is the best of the table and,
+    for layers, of what it is given: nobody knows the optimum, so no share of a gap is exact.
+
+    Args:
+        kind: "model": one weight per expert, from the table (the nearest grid point); of the grid, what is missing is
+            scored (minutes). "layers": a weight per expert and decoder layer as well (the embeddings
+            move with the first layer, the last norm with the last), each merge made and scored when it is asked for.
+        folder: of the table.
+    """
+
+    n_tasks = 4
+    plateau = False
+
+    def __init__(self, kind: str, seed: int, folder: Path) -> None:
+        self.name, self._folder = f"zoo {kind}", folder
+        self._layers = 4 if kind == "layers" else 1
+        self.shape = Shape(N_EXPERTS, self._layers)
+        drawn = np.random.default_rng([6, seed]).permutation(300)
+        self.n_items = 150
+        self._chosen = {"search": np.sort(drawn[:150]), "validation": np.sort(drawn[150:])}
+        self._tables = {"search": shared_table(folder, "search"), "truth": shared_table(folder, "test", TEST_ITEMS)}
+        if kind == "model":
+            self._tables["search"].fill(LEVELS**N_EXPERTS, lambda text: print(text, file=sys.stderr, flush=True))
+
+    def outcomes(self, weights: Array, split: str, positions: NDArray[np.intp] | None = None) -> NDArray[np.uint8]:
+        """See Landscape."""
+        found = self._right(weights, "search")[:, self._chosen[split]].ravel()
+        return found if positions is None else found[positions]
+
+    def truth(self, weights: Array) -> Array:
+        """See Landscape."""
+        return np.asarray(self._right(weights, "truth").mean(axis=1))
+
+    def optimum(self) -> Array:
+        """See Landscape: the best grid point of the search table by all its items."""
+        table = self._tables["search"]
+        best = max(table.points(), key=lambda point: float(table.items(point).mean()))
+        weights = np.minimum(np.array(best) * STEP, HIGHEST)
+        return np.repeat(weights[:, None, None], self._layers, axis=1)
+
+    def _right(self, weights: Array, name: str) -> np.ndarray:
+        table = self._tables[name]
+        if self._layers == 1:
+            return table.items(grid_point(weights[:, 0, 0]))
+        return table.layered(weights[:, :, 0])
+
+
+TEST_ITEMS = 500  # per task
+_SHARED: dict[tuple[Path, str], Landscape] = {}
+
+
+def shared_table(folder: Path, split: str, limit: int | None = None) -> Landscape:
+    """The table of a folder, read once per process."""
+    return _SHARED.setdefault((folder, split), Landscape(folder, split, limit))
 
 
 if __name__ == "__main__":  # fill a table ahead of time: python benchmarks/_zoo_landscape.py FOLDER [COUNT]

@@ -89,7 +89,7 @@ class Place:
         else:
             from _zoo_landscape import ZooLandscape
 
-            made = ZooLandscape(kind, seed)
+            made = ZooLandscape(kind, seed, ROOT / "runs" / "fidelity-zoo")
         return cls(made, Truth(made))
 
 
