@@ -44,7 +44,7 @@ class Evomerge:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A candidate of the run: weights, point of the optimizer's cube, values and errors `(m,)`; whether whole, known."""
+    """A candidate of the run: weights, point of the optimizer's cube, values and errors `(m,)`; if whole, if known."""
 
     weights: Array
     x: Array

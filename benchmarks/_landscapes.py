@@ -54,7 +54,8 @@ class Shape:
             "groups": (expert * BLOCKS + block) * self.components + component,
             "layers": np.arange(self.dim),
         }[level]
-        return np.eye(int(owner.max()) + 1)[owner]
+        used, column = np.unique(owner, return_inverse=True)
+        return np.eye(len(used))[column]
 
     def levels(self) -> tuple[Any, ...]:
         """The nested spaces, coarse to fine; those with as many coordinates as the one before are left out."""

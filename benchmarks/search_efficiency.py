@@ -210,14 +210,14 @@ def read_options() -> argparse.Namespace:
         "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=f"of {list(ARMS)}"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="one objective, a front")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--evaluations", type=float, default=800, help="of the whole search split")
+    parser.add_argument("--seeds", type=int, help="default 10")
+    parser.add_argument("--evaluations", type=float, help="of the whole search split (default 800)")
     parser.add_argument("--items", type=int, default=400, help="per task, of the search split")
     parser.add_argument("--small", action="store_true", help="few seeds and evaluations: about a minute")
     parser.add_argument("--out", type=Path, help="where results are kept")
     options = parser.parse_args()
-    if options.small:
-        options.seeds, options.evaluations = 2, 50
+    options.seeds = options.seeds or (2 if options.small else 10)
+    options.evaluations = options.evaluations or (50 if options.small else 800)
     from _analytic_landscape import KINDS
 
     kinds = {"analytic": KINDS, "toy": KINDS, "zoo": ("model", "layers")}
