@@ -57,7 +57,7 @@ tags:
 
 # {study.name}, candidate {candidate.number}
 
-A merge of language models, found by [evomerge](https://github.com/evomerge/evomerge) in the study
+{_verdict(gained)}A merge of language models, found by [evomerge](https://github.com/evomerge/evomerge) in the study
 `{study.name}`. Method: **{recipe.method}**, definitions: `{recipe.compat}`, recipe `{recipe.fingerprint[:16]}`.
 
 ## Scores
@@ -111,7 +111,8 @@ def _choice(scores: Mapping[str, Mapping[str, Scores]], by_hand: bool) -> str:
         return "There is no validation split: the search split chose this candidate too."
     return (
         "The *validation* split chose among the candidates\nthat are statistically tied at the top of the search "
-        "split, by the mean over objectives, each scaled to its range over\nthe front."
+        "split, those that the optimizer recommended and known recipes,\nby the mean over objectives, each scaled to "
+        "its range over the front: the simplest within one standard error\nof the best."
     )
 
 
@@ -129,6 +130,12 @@ def _methods(scores: Mapping[str, Mapping[str, Scores]]) -> str:
         names.setdefault(method, []).append(name)
     text = "; ".join(said[method].format(", ".join(names[method])) for method in said if method in names)
     return text[:1].upper() + text[1:] + "."
+
+
+def _verdict(gained: Report | None) -> str:
+    """Whether the search added anything, as the first paragraph."""
+    verdict = None if gained is None else gained.verdict
+    return "" if verdict is None else f"**{verdict[:1].upper()}{verdict[1:]}.**\n\n"
 
 
 def _gains(gained: Report | None) -> str:
@@ -155,7 +162,19 @@ share of the gain on search, where that one is beyond its interval; *optimism* i
 search split made this model look than the test split does.
 
 {table}
-"""
+{_tests(gained)}"""
+
+
+def _tests(gained: Report) -> str:
+    """The tests on the test split."""
+    if not gained.tests:
+        return ""
+    rows = [
+        f"| {t.kind}: {t.baseline.label} | {t.name} | {signed(t.test.lead)} | {t.test.method} | {t.p_value:.2g} |"
+        for t in gained.tests
+    ]
+    table = "\n".join(["| against | objective | lead | test | p |", "|---|---|---|---|---|", *rows])
+    return f"\nOn the test split, {gained.corrected}:\n\n{table}\n"
 
 
 def _licences(paths: Mapping[str, Any]) -> str:

@@ -50,6 +50,10 @@ BenchmarkTests = Annotated[
 Storage = Annotated[str | None, typer.Option(help="Database URL, instead of the study's own.")]
 StudyName = Annotated[str | None, typer.Option(help="The study's name in that database.")]
 Inline = Annotated[bool, typer.Option("--inline", help="Evaluate in this process (debugging).")]
+Prefer = Annotated[str, typer.Option("--prefer", help="Weights of objectives, as in math=0.7,code=0.3.")]
+AtLeast = Annotated[
+    str, typer.Option("--at-least", help="The worst values that will do, in the objectives' own units: qa=0.6.")
+]
 Verbose = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -127,11 +131,25 @@ def status(study: Where, storage: Storage = None, study_name: StudyName = None, 
     emit_one(status_of(open_record(study, storage, study_name)), fmt)
 
 
-@app.command(epilog=_examples("evomerge front runs/demo", "evomerge front runs/demo --split test -f csv > front.csv"))
+@app.command(
+    epilog=_examples(
+        "evomerge front runs/demo",
+        "evomerge front runs/demo --prefer zoo_math=0.7,zoo_latin=0.3 --at-least zoo_cross=0.2",
+        "evomerge front runs/demo --split test -f csv > front.csv",
+    )
+)
 def front(
     study: Where,
     split: Annotated[str, typer.Option(help="search, validation or test; what is not stored is scored.")] = "search",
-    all_: Annotated[bool, typer.Option("--all", help="All candidates, not only the front.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="All candidates, and those stopped early that could be on the front.")
+    ] = False,
+    prefer: Prefer = "",
+    at_least: AtLeast = "",
+    knee: Annotated[bool, typer.Option("--knee", help="Pick the point furthest beyond the front's ends.")] = False,
+    weakest_link: Annotated[
+        bool, typer.Option("--weakest-link", help="Pick the point whose least gain over the base is the largest.")
+    ] = False,
     storage: Storage = None,
     study_name: StudyName = None,
     inline: Inline = False,
@@ -140,14 +158,46 @@ def front(
 ) -> None:
     """The non-dominated candidates with their scores and 95 % intervals.
 
-    The front is always that of the search split. A score on the test split is computed once and stored.
+    The front, and what is picked of it, are always those of the search split. `membership` is how sure it is that a
+    candidate is on the front. What is picked comes first. A score on the test split is computed once and stored.
     """
+    from evomerge.picking import read_pick
     from evomerge.results import front_rows
 
     if split not in ("search", "validation", "test"):
         raise typer.BadParameter(f"{split!r} is not search, validation or test", param_hint="--split")
     record = open_record(study, storage, study_name)
-    emit(front_rows(record, split, everything=all_, inline=inline, allow_task_code=allow_task_code), fmt)
+    pick = read_pick(record, prefer, at_least, knee=knee, weakest_link=weakest_link)
+    emit(front_rows(record, split, pick, everything=all_, inline=inline, allow_task_code=allow_task_code), fmt)
+
+
+@app.command(
+    epilog=_examples(
+        "evomerge propose runs/demo --prefer zoo_math=0.7,zoo_latin=0.3",
+        "evomerge propose runs/demo --prefer zoo_math=1 --at-least zoo_latin=0.4",
+    )
+)
+def propose(
+    study: Where,
+    prefer: Prefer = "",
+    at_least: AtLeast = "",
+    storage: Storage = None,
+    study_name: StudyName = None,
+    inline: Inline = False,
+    allow_task_code: TaskCode = False,
+    fmt: Fmt = Format.table,
+) -> None:
+    """Find the recipe that the study's results predict to be best for your preferences, and score it once.
+
+    It becomes a candidate of the study; prediction and measurement are shown side by side. Without --prefer it is the
+    recipe whose weakest objective is predicted to be the best.
+    """
+    from evomerge.picking import read_pick
+    from evomerge.proposing import propose as run
+
+    record = open_record(study, storage, study_name)
+    pick = read_pick(record, prefer, at_least, weakest_link=not prefer)
+    emit(run(record, pick, inline=inline, allow_task_code=allow_task_code), fmt)
 
 
 @app.command(
@@ -210,8 +260,9 @@ def export(
 ) -> None:
     """Write a candidate for others: checkpoint, recipe in both forms, model card with scores per split.
 
-    Without --candidate it is the winner: of the candidates that are statistically tied at the top of the search split,
-    the best on validation, by the mean over objectives after each is scaled to its range over the front.
+    Without --candidate it is the winner: of the candidates that may be the best on the search split, the simplest
+    within one standard error of the best on validation, by the mean over objectives after each is scaled to its range
+    over the front.
     """
     from evomerge.results import export_candidate
 

@@ -34,9 +34,10 @@ from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
-from evomerge.rescore import front_of, stored_winner
+from evomerge.rescore import front_of, none_feasible, remarks
 from evomerge.residency import show_bytes
 from evomerge.search import Budget, Event, Search
+from evomerge.selection import stored_winner
 from evomerge.storage import connect, hide_passwords, mask, sqlite_file
 from evomerge.strict_yaml import Document, load_yaml
 from evomerge.study import Candidate, Study, study_names
@@ -146,21 +147,35 @@ def status_of(study: Study) -> dict[str, Any]:
         latest = {c.attrs["worker"]: c.attrs["tables"] for c in done if c.attrs.get("tables")}
         if latest:
             status["tables"] = _tables(list(latest.values()))
-    return status | _gains(study, candidates)
+    for number, remark in enumerate(remarks(study, candidates), start=1):
+        status[f"note {number}"] = remark
+    gains = _gains(study, candidates)
+    first = {"verdict": gains.pop("verdict")} if "verdict" in gains else {}
+    return first | status | gains
 
 
 def _gains(study: Study, candidates: list[Candidate]) -> dict[str, Any]:
-    """The winner and how much of its gain survived, as far as the stored scores say; nothing is scored."""
+    """What the search added, the winner, and how much of its gain survived, as far as the stored scores say.
+
+    The verdict comes first. Nothing is scored.
+    """
     found = stored_winner(study, candidates)
     if found is None:
-        waiting = "not known: tied candidates have no validation scores (`evomerge front --split test` makes them)"
+        none = none_feasible(study, candidates)
+        if none:
+            return {"verdict": none}
+        waiting = "not known: finalists have no validation scores (`evomerge front --split test` makes them)"
         return {"winner": waiting} if any(c.state == "done" for c in candidates) else {}
     chosen, how = found
-    said: dict[str, Any] = {"winner": f"#{chosen.number}, {how}"}
     gained = report(study, candidates, chosen)
+    said: dict[str, Any] = {}
+    if gained is not None and gained.verdict is not None:
+        said["verdict"] = gained.verdict
+    said["winner"] = f"#{chosen.number}, {how}"
     if gained is not None and not gained.is_baseline:
         said["best known recipe on search"] = gained.named_baseline
         said |= {f"gain, {row.name}": str(row) for row in gained.rows}
+        said |= {f"test against {t.baseline.label}, {t.name}": str(t) for t in gained.tests}
     return said
 
 

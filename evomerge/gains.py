@@ -1,23 +1,28 @@
 """How much of a candidate's gain survives on items that did not choose it: the report of a study.
 
 The gain is the lead over the best known recipe, on the same items, with its paired interval. The search split
-flatters the winner, since it was picked there among many; the test split, which picked nothing, does not. Everything
-here is read from stored scores: nothing is scored, and nothing is chosen by test scores.
+flatters the winner, since it was picked there among many; the test split, which picked nothing, does not. There, the
+candidate is tested against the best expert and the best standard recipe, and the first line says whether the search
+added anything. Everything here is read from stored scores: nothing is scored, and nothing is chosen by test scores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.intervals import Interval, leads
+from evomerge.intervals import Interval, Test, holm, lead_test, leads
 from evomerge.objectives import SPLITS, Scores
-from evomerge.rescore import eligible, weights_of
+from evomerge.rescore import baselines, best_known, weights_of
 from evomerge.study import Candidate, Study
 
+__all__ = ["MEAN", "Comparison", "Report", "Row", "best_known", "report", "signed"]
+
 MEAN = "mean, scaled"  # over objectives, each scaled as for the choice of the winner
+LEVEL = 0.05  # of all tests of a report together
 
 
 @dataclass(frozen=True)
@@ -51,44 +56,93 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
-    """A candidate against the best known recipe.
+class Comparison:
+    """One test on the test split, against one baseline in one objective or in the mean of all.
 
     Attributes:
-        rows: one per objective, and one for their mean if there are several.
+        kind: "best expert" or "best standard recipe".
+        p_value: corrected over all tests of the report (Holm); NaN where nothing can be tested.
+    """
+
+    kind: str
+    baseline: Candidate
+    name: str
+    test: Test
+    p_value: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.p_value):
+            return f"{signed(self.test.lead)}, not tested"
+        exact = ", exact McNemar" if self.test.method == "mcnemar" else ""
+        return f"{signed(self.test.lead)}, p = {self.p_value:.2g}{exact}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A candidate against the recipes that need no search.
+
+    Attributes:
+        baseline: the best known recipe on search.
+        rows: one per objective, and one for their mean if there are several; against `baseline`.
+        tests: on the test split, if it is scored; against the best expert and the best standard recipe.
     """
 
     candidate: Candidate
     baseline: Candidate
     rows: tuple[Row, ...]
+    tests: tuple[Comparison, ...] = ()
 
     @property
     def is_baseline(self) -> bool:
         """True if nothing was gained: the candidate is the best known recipe."""
         return self.candidate.fingerprint == self.baseline.fingerprint
 
+    @property
+    def verdict(self) -> str | None:
+        """Whether search added anything, in one sentence; None without test scores to tell it by."""
+        ours = f"candidate {self.candidate.number}"
+        if self.candidate.label is not None:
+            return f"search added nothing: {ours} is a known recipe, {self.candidate.label}"
+        found = [t for t in self.tests if t.baseline.number == self.baseline.number and t.name == self.rows[-1].name]
+        if not found:
+            return None
+        lead, p_value = found[0].test.lead, found[0].p_value
+        merit = "" if len(self.rows) == 1 else f" in the {MEAN.replace(',', ' of the')} objectives"
+        said = f"{signed(lead)}{merit}"
+        if p_value <= LEVEL and lead.value > 0:
+            said += f", p = {p_value:.2g}"
+            return f"search gained something: on the test split {ours} leads {self.named_baseline} by {said}"
+        if p_value <= LEVEL:
+            said += f", p = {p_value:.2g}"
+            return f"search added nothing: on the test split {ours} is worse than {self.named_baseline}, by {said}"
+        told = "single numbers cannot be tested" if math.isnan(p_value) else f"p = {p_value:.2g}"
+        return (
+            f"search added nothing that the test split can tell: {ours} against {self.named_baseline} is {said}, {told}"
+        )
+
     def lines(self) -> list[str]:
-        """The report for a terminal."""
+        """The report for a terminal; the verdict comes first."""
+        lines = [self.verdict] if self.verdict is not None else []
         if self.is_baseline:
-            return [
-                f"candidate {self.candidate.number} is itself the best known recipe on search: {self.baseline.label}"
-            ]
-        head = f"gain of candidate {self.candidate.number} over the best known recipe on search, {self.named_baseline}:"
-        return [head, *(f"  {row.name}: {row}" for row in self.rows)]
+            said = f"candidate {self.candidate.number} is itself the best known recipe on search: {self.baseline.label}"
+            return [*lines, said]
+        lines.append(f"gain of candidate {self.candidate.number} over the best known recipe on search, "
+                     f"{self.named_baseline}:")  # fmt: skip
+        lines += [f"  {row.name}: {row}" for row in self.rows]
+        if self.tests:
+            lines.append(f"tests on the test split ({self.corrected}):")
+            lines += [f"  over the {t.kind}, {t.baseline.label}, {t.name}: {t}" for t in self.tests]
+        return lines
 
     @property
     def named_baseline(self) -> str:
         """Label and number."""
         return f"{self.baseline.label} (candidate {self.baseline.number})"
 
-
-def best_known(study: Study, candidates: Sequence[Candidate]) -> Candidate | None:
-    """The known recipe with the best merit on the search split; None if no known recipe has scores."""
-    known = [c for c in eligible(candidates) if c.label is not None]
-    if not known:
-        return None
-    weights = weights_of(study, candidates)
-    return max(known, key=lambda c: (float(np.dot(c.values or (), weights)), -c.number))
+    @property
+    def corrected(self) -> str:
+        """How the p-values were corrected."""
+        return f"two-sided, paired, p-values corrected over all {len(self.tests)} by Holm's method"
 
 
 def report(study: Study, candidates: Sequence[Candidate], candidate: Candidate) -> Report | None:
@@ -101,24 +155,37 @@ def report(study: Study, candidates: Sequence[Candidate], candidate: Candidate) 
         return None
     ours, theirs = _stored(study, candidate), _stored(study, baseline)
     splits = [s for s in SPLITS if s in ours and s in theirs]
-    ups = list(study.header.objectives.values())
-    weighted = {name: np.eye(len(ups))[i] * (1 if ups[i] else -1) for i, name in enumerate(study.header.objectives)}
-    if len(ups) > 1:
-        weighted[MEAN] = weights_of(study, candidates)
+    weighted = _weights(study, candidates)
     rows = []
     for name, weights in weighted.items():
-        # Objectives of weight 0 are left out: an interval is as wide as the least of those that count.
-        used = [j for j, w in enumerate(weights) if w]
-        gains = {
-            split: leads([[ours[split][j] for j in used]], [theirs[split][j] for j in used], weights[used])[0]
-            for split in splits
-        }
+        gains = {split: leads([_used(ours[split], weights)], _used(theirs[split], weights), weights[weights != 0])[0]
+                 for split in splits}  # fmt: skip
         optimism = None
         if "test" in ours:
             pairs = zip(ours["search"], ours["test"], weights, strict=True)
             optimism = float(sum(w * (search.value - test.value) for search, test, w in pairs))
         rows.append(Row(name, gains, optimism))
-    return Report(candidate, baseline, tuple(rows))
+    return Report(candidate, baseline, tuple(rows), _tests(study, candidates, candidate, ours, weighted))
+
+
+def _tests(
+    study: Study,
+    candidates: Sequence[Candidate],
+    candidate: Candidate,
+    ours: dict[str, list[Scores]],
+    weighted: dict[str, np.ndarray],
+) -> tuple[Comparison, ...]:
+    """The candidate against each baseline that is scored on test and is another recipe, in every row."""
+    found = []
+    for kind, baseline in baselines(study, candidates).items():
+        theirs = _stored(study, baseline).get("test")
+        if "test" not in ours or theirs is None or baseline.fingerprint == candidate.fingerprint:
+            continue
+        for name, weights in weighted.items():
+            test = lead_test(_used(ours["test"], weights), _used(theirs, weights), weights[weights != 0])
+            found.append(Comparison(kind, baseline, name, test, test.p_value))
+    corrected = holm([c.p_value for c in found])
+    return tuple(Comparison(c.kind, c.baseline, c.name, c.test, p) for c, p in zip(found, corrected, strict=True))
 
 
 def signed(gain: Interval) -> str:
@@ -126,6 +193,20 @@ def signed(gain: Interval) -> str:
     if np.isnan(gain.low):
         return f"{gain.value:+.4f}"
     return f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+
+
+def _weights(study: Study, candidates: Sequence[Candidate]) -> dict[str, np.ndarray]:
+    """(M,) weights of each row of a report."""
+    ups = list(study.header.objectives.values())
+    weighted = {name: np.eye(len(ups))[i] * (1 if ups[i] else -1) for i, name in enumerate(study.header.objectives)}
+    if len(ups) > 1:
+        weighted[MEAN] = weights_of(study, candidates)
+    return weighted
+
+
+def _used(scores: Sequence[Scores], weights: np.ndarray) -> list[Scores]:
+    """The scores that count: an interval is as wide as the least of them."""
+    return [score for score, weight in zip(scores, weights, strict=True) if weight]
 
 
 def _stored(study: Study, candidate: Candidate) -> dict[str, list[Scores]]:

@@ -13,8 +13,6 @@ from rich.live import Live
 from evomerge import front
 from evomerge.search import Budget, Event, oriented
 
-MOST_OBJECTIVES = 4  # the exact hypervolume of a large front takes seconds beyond
-
 
 class Progress:
     """Counts what the search reports. Use as a context manager and pass `event` to Search.
@@ -71,15 +69,12 @@ class Progress:
             print(self._line(event), file=sys.stderr, flush=True)
 
     def hypervolume(self) -> float | None:
-        """Volume above the componentwise worst of the known recipes; None before they are scored,
-        or with more objectives than can be computed at every candidate."""
+        """Volume above the componentwise worst of the known recipes (`front.volume`); None before they are scored."""
         anchors = [v for n, v in self._values.items() if n < self._known]
-        if not anchors or not self._values:
+        reference = front.reference_of(anchors) if anchors else None
+        if reference is None:
             return None
-        values = np.array(list(self._values.values()))
-        if values.shape[1] > MOST_OBJECTIVES:
-            return None
-        return front.hypervolume(values, np.min(anchors, axis=0))
+        return front.volume(list(self._values.values()), reference).value
 
     def _take(self, event: Event) -> None:
         self._count += 1

@@ -1,29 +1,31 @@
-"""Scoring finished candidates on further splits, once each: the store is asked first, and written at once.
+"""What a study's candidates are worth: feasibility, front, merits, baselines; and scoring them on further splits.
 
-The test split never influences a choice here: `winner` looks at search and validation scores only.
+The front and the merits are those of the search split. A split is scored once per candidate: the store is asked first,
+and written at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import TracebackType
 
 import numpy as np
 
 from evomerge import front
 from evomerge.config import StudyConfig, parse_study
+from evomerge.constraints import Constraint, floors, read_constraints, shortfalls
 from evomerge.errors import ConfigError, EnvironmentProblem
-from evomerge.intervals import leads
 from evomerge.objectives import Scores, make_objective
-from evomerge.pool import make_pool
+from evomerge.pool import Pool, make_pool
 from evomerge.prepare import worker_spec
+from evomerge.rounds import Rounds
 from evomerge.search import oriented
 from evomerge.study import Candidate, Study
 from evomerge.weights import Checkpoint
-from evomerge.worker import Failed, Job
+from evomerge.worker import Failed, Job, Outcome
 
-CONTENDERS = 16  # so many, at most, are scored on validation: each costs a pass over that split
-STEP = 32  # candidates compared with the best at once
+Found = dict[int, dict[str, Scores]]
 
 
 def study_config(study: Study, *, allow_task_code: bool = False) -> StudyConfig:
@@ -45,18 +47,155 @@ def eligible(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list(unique.values())
 
 
-def front_of(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The non-dominated candidates on the search split, best first in the first objective.
+def table(study: Study, candidates: Sequence[Candidate]) -> np.ndarray:
+    """(N, M) values on the search split, larger is better."""
+    ups = list(study.header.objectives.values())
+    return oriented(np.array([c.values for c in candidates], dtype=np.float64).reshape(-1, len(ups)), ups)
 
-    Of candidates with equal recipes only the first counts.
-    """
+
+# -------------------------------------------------------------------- constraints
+
+
+def constraints_of(study: Study) -> tuple[Constraint, ...]:
+    """The study's constraints."""
+    identity = study.header.identity
+    return read_constraints(identity.get("constraints", ()), study.header.objectives, identity.get("experts", ()))
+
+
+def floors_of(study: Study, candidates: Sequence[Candidate]) -> np.ndarray:
+    """(M,) smallest values that are allowed, larger is better; -inf where there is no limit."""
+    known = {c.label: c.values or () for c in eligible(candidates) if c.label is not None}
+    return floors(constraints_of(study), study.header.objectives, known)
+
+
+def feasible(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The eligible candidates that meet every constraint on the search split."""
     done = eligible(candidates)
     if not done:
         return []
-    values = oriented([list(c.values or ()) for c in done], list(study.header.objectives.values()))
+    mask = front.at_least(table(study, done), floors_of(study, candidates))
+    return [c for c, good in zip(done, mask, strict=True) if good]
+
+
+def nearest(study: Study, candidates: Sequence[Candidate]) -> tuple[Candidate, dict[str, float]] | None:
+    """The candidate that misses the constraints least, and by how much it misses each, if none is feasible.
+
+    Misses are added up after each is divided by its objective's range over all candidates.
+    """
+    done = eligible(candidates)
+    if not done or feasible(study, candidates):
+        return None
+    values = table(study, done)
+    missed = shortfalls(values, floors_of(study, candidates))
+    spread = np.ptp(values, axis=0)
+    least = int(np.argmin((missed / np.where(spread > 0, spread, 1.0)).sum(axis=1)))
+    by_name = zip(study.header.objectives, missed[least].tolist(), strict=True)
+    return done[least], {name: amount for name, amount in by_name if amount > 0}
+
+
+def none_feasible(study: Study, candidates: Sequence[Candidate]) -> str | None:
+    """What to say if no candidate meets the constraints; None if one does, or nothing has scores."""
+    found = nearest(study, candidates)
+    if found is None:
+        return None
+    candidate, missed = found
+    values = dict(zip(study.header.objectives, candidate.values or (), strict=True))
+    texts = {c.objective: [] for c in constraints_of(study)}  # type: dict[str, list[str]]
+    for c in constraints_of(study):
+        texts[c.objective].append(f"`{c.text}`")
+    said = "; ".join(
+        f"{name} is {values[name]:.4f}, {amount:.4f} short of {' and '.join(texts[name])}"
+        for name, amount in missed.items()
+    )
+    label = f" ({candidate.label})" if candidate.label else ""
+    return (
+        f"no candidate of {len(eligible(candidates))} meets the constraints; candidate {candidate.number}{label} comes "
+        f"nearest: {said}. Relax the constraint by so much, widen the space, or search on with a larger budget"
+    )
+
+
+# -------------------------------------------------------------------- front and merit
+
+
+def front_of(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The non-dominated of the feasible candidates on the search split, best first in the first objective.
+
+    Of candidates with equal recipes only the first counts.
+    """
+    done = feasible(study, candidates)
+    if not done:
+        return []
+    values = table(study, done)
     mask = front.non_dominated(values)
     order = sorted(np.flatnonzero(mask), key=lambda i: (-values[i][0], done[i].number))
     return [done[i] for i in order]
+
+
+def weights_of(study: Study, candidates: Sequence[Candidate]) -> np.ndarray:
+    """(M,) by which values are multiplied and summed to one merit, larger is better.
+
+    It is the mean over objectives, each scaled to its range over the front of the search split, so that none
+    outweighs the others by its unit. An objective without a range there has the range over all candidates.
+    """
+    ups = list(study.header.objectives.values())
+    everybody = eligible(candidates)
+    ranges = []
+    for group in (front_of(study, candidates) or everybody, everybody):
+        ranges.append(np.ptp(np.array([c.values for c in group], dtype=np.float64), axis=0))
+    spread = np.where(ranges[0] > 0, ranges[0], ranges[1])
+    return oriented(1.0 / np.where(spread > 0, spread, 1.0) / len(ups), ups)
+
+
+def merits(study: Study, candidates: Sequence[Candidate]) -> dict[int, float]:
+    """The merit (`weights_of`) of every eligible candidate on the search split, by number."""
+    done = eligible(candidates)
+    if not done:
+        return {}
+    weights = weights_of(study, candidates)
+    return {c.number: float(np.dot(c.values or (), weights)) for c in done}
+
+
+def baselines(study: Study, candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+    """What a search has to beat: "best expert" and "best standard recipe" (the base and all recipes without genes).
+
+    Best in merit on the search split, among those that are feasible. A kind of which none is feasible is left out.
+    """
+    experts = set(study.header.identity.get("experts", ()))
+    merit = merits(study, candidates)
+    found: dict[str, Candidate] = {}
+    for c in sorted(feasible(study, candidates), key=lambda c: (-merit[c.number], c.number)):
+        if c.label is not None:
+            found.setdefault("best expert" if c.label in experts else "best standard recipe", c)
+    return found
+
+
+def best_known(study: Study, candidates: Sequence[Candidate]) -> Candidate | None:
+    """The better of the baselines in merit on the search split; None if no known recipe is feasible."""
+    merit = merits(study, candidates)
+    known = baselines(study, candidates).values()
+    return max(known, key=lambda c: (merit[c.number], -c.number), default=None)
+
+
+def remarks(study: Study, candidates: Sequence[Candidate]) -> list[str]:
+    """What makes a study's choices worth less than they look: objectives that tell nothing, limits that do not hold."""
+    done = eligible(candidates)
+    found = []
+    if len(done) > 1:
+        for j, name in enumerate(study.header.objectives):
+            values = {(c.values or ())[j] for c in done}
+            if len(values) == 1:
+                found.append(
+                    f"objective {name} was {values.pop():.4f} for all {len(done)} candidates: it chose nothing; "
+                    "give it more items or leave it out"
+                )
+    known = {c.label for c in done if c.label is not None}
+    for constraint in constraints_of(study) if done else ():
+        if constraint.labels and not known.intersection(constraint.labels):
+            found.append(f"the constraint `{constraint.text}` has no effect: its reference has no scores")
+    return found
+
+
+# -------------------------------------------------------------------- further splits
 
 
 def splits_of(config: StudyConfig) -> tuple[str, ...]:
@@ -65,66 +204,140 @@ def splits_of(config: StudyConfig) -> tuple[str, ...]:
     return tuple(s for s in ("search", "validation", "test") if all(s in p for p in per_objective))
 
 
-def score_split(
-    study: Study,
-    config: StudyConfig,
-    candidates: Sequence[Candidate],
-    split: str,
-    *,
-    inline: bool = False,
-    failures: dict[int, str] | None = None,
-    on_score: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[int, dict[str, Scores]]:
-    """Scores of candidates on a split, by number; only what is not stored is computed.
+class Scorer:
+    """Scores finished candidates of one study on further splits. Use as a context manager.
+
+    Workers are started when the first model has to be scored, and serve until the end.
 
     Args:
         config: from `study_config`.
-        on_score: told how many of how many models are scored, after each.
-        failures: where to put the reasons of candidates that cannot be scored; absent: they raise.
-
-    Raises:
-        ConfigError: an objective has no such split.
-        EnvironmentProblem: the weights have changed since, or a model could not be scored.
+        inline: score in this process.
     """
-    found: dict[int, dict[str, Scores]] = {}
-    missing: list[Candidate] = []
-    for candidate in candidates:
-        stored = study.scores(candidate.number, split)
-        if stored is None:
-            missing.append(candidate)
-        else:
-            found[candidate.number] = stored
-    if not missing:
+
+    def __init__(self, study: Study, config: StudyConfig, *, inline: bool = False) -> None:
+        self.study, self.config = study, config
+        self._inline = inline
+        self._pool: Pool | None = None
+        self._rounds: Rounds | None = None
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def rounds(self) -> Rounds:
+        """The parts in which the validation split is scored."""
+        if self._rounds is None:
+            made = [make_objective(o) for o in self.config.objectives]
+            self._rounds = Rounds.of(made, self.study.header.identity.get("seed", 0))
+        return self._rounds
+
+    def score(
+        self,
+        candidates: Iterable[Candidate],
+        split: str,
+        *,
+        failures: dict[int, str] | None = None,
+        on_score: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Found:
+        """Scores of candidates on a split, or on a round of the validation split, by number; what is stored is read.
+
+        Args:
+            failures: where to put the reasons of candidates that cannot be scored; absent: they raise.
+            on_score: told how many of how many models are scored, after each.
+
+        Raises:
+            ConfigError: an objective has no such split.
+            EnvironmentProblem: the weights have changed since, or a model could not be scored.
+        """
+        found: Found = {}
+        missing: dict[int, Candidate] = {}
+        for candidate in candidates:
+            stored = self.study.scores(candidate.number, split)
+            if stored is None:
+                missing[candidate.number] = candidate
+            else:
+                found[candidate.number] = stored
+        if not missing:
+            return found
+        if split.partition(":")[0] not in splits_of(self.config):
+            raise ConfigError(f"the study's objectives have no {split} split")
+        jobs: list[Job] = []
+        held: dict[int, tuple[str, dict[str, Scores]] | None] = {}
+        for candidate in missing.values():
+            whole, job, held[candidate.number] = self._job(candidate, split)
+            if whole is not None:
+                found[candidate.number] = self._keep(candidate.number, split, whole)
+            else:
+                jobs.append(job)
+        for done, result in enumerate(self.run(jobs), start=1):
+            on_score(done, len(jobs))
+            if isinstance(result, Outcome):
+                scores = result.scores[split.partition(":")[0]]
+                if (before := held[result.number]) is not None:
+                    scores = self.rounds.joined(before, scores, split)
+                found[result.number] = self._keep(result.number, split, scores)
+                continue
+            message = f"candidate {result.number} has no {split} score ({result.reason}): {result.message}"
+            if failures is None:
+                raise EnvironmentProblem(message)
+            failures[result.number] = message
         return found
-    if split not in splits_of(config):
-        raise ConfigError(f"the study's objectives have no {split} split")
-    require_same_inputs(study, config)
-    # The time allowed was meant for a candidate on the search split; other splits are larger.
-    spec = replace(worker_spec(config, threads=study.header.threads), allowed_s=None)
-    workers = config.workers
-    size = min(workers.local or workers.ray or 1, len(missing))
-    pool = make_pool(spec, local=size, ray=size if workers.ray else None, address=workers.address, inline=inline)
-    try:
-        for candidate in missing:
-            size_then = candidate.attrs.get("batch_tokens")  # the last bits of a score depend on it
-            pool.submit(Job(candidate.number, candidate.recipe, (split,), batch_tokens=size_then))
-        waiting = len(missing)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome | Failed]:
+        """Evaluate jobs on the study's workers; results in the order in which they come.
+
+        Raises:
+            EnvironmentProblem: the weights or the objectives have changed since the study was searched.
+        """
+        if not jobs:
+            return
+        if self._pool is None:
+            require_same_inputs(self.study, self.config)
+            # The time allowed was meant for a candidate on the search split; other splits are larger.
+            spec = replace(worker_spec(self.config, threads=self.study.header.threads), allowed_s=None)
+            workers = self.config.workers
+            size = min(workers.local or workers.ray or 1, len(jobs))
+            self._pool = make_pool(
+                spec, local=size, ray=size if workers.ray else None, address=workers.address, inline=self._inline
+            )
+        for job in jobs:
+            self._pool.submit(job)
+        waiting = len(jobs)
         while waiting:
-            for result in pool.wait(timeout_s=1.0):
+            for result in self._pool.wait(timeout_s=1.0):
                 waiting -= 1
-                on_score(len(missing) - waiting, len(missing))
-                if isinstance(result, Failed):
-                    message = f"candidate {result.number} has no {split} score ({result.reason}): {result.message}"
-                    if failures is None:
-                        raise EnvironmentProblem(message)
-                    failures[result.number] = message
-                elif study.add_scores(result.number, split, result.scores[split]):
-                    found[result.number] = result.scores[split]
-                else:  # another process was faster: its scores are the ones that count
-                    found[result.number] = study.scores(result.number, split) or result.scores[split]
-    finally:
-        pool.close()
-    return found
+                yield result
+
+    def _job(
+        self, candidate: Candidate, split: str
+    ) -> tuple[dict[str, Scores] | None, Job, tuple[str, dict[str, Scores]] | None]:
+        """What a candidate still needs: scores that can be read off stored ones, or a job and what it adds to."""
+        size_then = candidate.attrs.get("batch_tokens")  # the last bits of a score depend on it
+        name = split.partition(":")[0]
+        job = Job(candidate.number, candidate.recipe, (name,), batch_tokens=size_then)
+        if name != "validation" or len(self.rounds.names) == 1:
+            return None, job, None
+        if split != name and (whole := self.study.scores(candidate.number, name)) is not None:
+            return self.rounds.part_of(whole, split), job, None
+        start, held = 0, None
+        for index, earlier in enumerate(self.rounds.names[: self.rounds.names.index(split)]):
+            stored = self.study.scores(candidate.number, earlier)
+            if stored is not None:
+                start, held = index + 1, (earlier, stored)
+        parts = self.rounds.parts[start : self.rounds.names.index(split) + 1]
+        return None, replace(job, parts=parts), held
+
+    def _keep(self, number: int, split: str, scores: dict[str, Scores]) -> dict[str, Scores]:
+        """Store scores; those of another process that was faster are the ones that count."""
+        if self.study.add_scores(number, split, scores):
+            return scores
+        return self.study.scores(number, split) or scores
 
 
 def require_same_inputs(study: Study, config: StudyConfig) -> None:
@@ -139,108 +352,3 @@ def require_same_inputs(study: Study, config: StudyConfig) -> None:
     for spec in config.objectives:
         if make_objective(spec).fingerprint() != identity["objectives"].get(spec.name):
             raise EnvironmentProblem(f"the objective {spec.name} has changed since the study was searched")
-
-
-def weights_of(study: Study, candidates: Sequence[Candidate]) -> np.ndarray:
-    """(M,) by which values are multiplied and summed to one merit, larger is better.
-
-    It is the mean over objectives, each scaled to its range over the front of the search split, so that none
-    outweighs the others by its unit. An objective without a range there has the range over all candidates.
-    """
-    ups = list(study.header.objectives.values())
-    ranges = []
-    for group in (front_of(study, candidates), eligible(candidates)):
-        ranges.append(np.ptp(np.array([c.values for c in group], dtype=np.float64), axis=0))
-    spread = np.where(ranges[0] > 0, ranges[0], ranges[1])
-    return oriented(1.0 / np.where(spread > 0, spread, 1.0) / len(ups), ups)
-
-
-def contenders(study: Study, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that are statistically tied at the top of the search split, best first; all of them.
-
-    A candidate is tied with the best one if the 95 % paired bootstrap interval of their difference in merit
-    (`weights_of`) holds zero. Points off the front count too: what dominates them by less than the noise may be worse.
-    """
-    done = eligible(candidates)
-    if not done:
-        return []
-    weights = weights_of(study, candidates)
-    merit = {c.number: float(np.dot(c.values or (), weights)) for c in done}
-    best, *rest = sorted(done, key=lambda c: (-merit[c.number], c.number))
-    reference = _search_items(study, best)
-    tied = [best]
-    for start in range(0, len(rest), STEP):
-        group = rest[start : start + STEP]
-        found = leads([_search_items(study, c) for c in group], reference, weights)
-        near = [c for c, lead in zip(group, found, strict=True) if not lead.separated and lead.method != "none"]
-        near += [c for c, lead in zip(group, found, strict=True) if lead.method == "none" and lead.value == 0]
-        if not near:  # merits only fall from here
-            break
-        tied += near
-    return tied
-
-
-def winner(
-    study: Study, config: StudyConfig, candidates: Sequence[Candidate], *, inline: bool = False
-) -> tuple[Candidate, list[str]]:
-    """The best on the validation split of the candidates that are tied at the top of the search split, and notes.
-
-    Of more than CONTENDERS tied candidates, those that are best on search are scored on validation. A candidate
-    that cannot be scored there is left out, with a note. Of equal ones the first wins: known recipes come first.
-    Without validation splits the search scores decide.
-
-    Raises:
-        ConfigError: there is no candidate to choose from.
-    """
-    tied = contenders(study, candidates)
-    if not tied:
-        raise ConfigError(f"the study {study.name!r} has no candidate to choose from yet")
-    notes = [_tied_note(len(tied))]
-    tied = tied[:CONTENDERS]
-    if not _all_stored(study, tied) and "validation" not in splits_of(config):
-        return tied[0], [*notes, "there is no validation split: the search scores, which are optimistic, decide"]
-    failures: dict[int, str] = {}
-    scores = score_split(study, config, tied, "validation", inline=inline, failures=failures)
-    notes += failures.values()
-    if not scores:
-        raise ConfigError(f"none of the {len(tied)} best candidates has validation scores: {notes[-1]}")
-    return _best(tied, scores, weights_of(study, candidates)), notes
-
-
-def stored_winner(study: Study, candidates: Sequence[Candidate]) -> tuple[Candidate, str] | None:
-    """What `winner` would answer from stored scores alone, and how it was chosen; None if more has to be scored.
-
-    If nothing was ever scored on validation, it is the best on search.
-    """
-    tied = contenders(study, candidates)
-    if not tied:
-        return None
-    note, tied = _tied_note(len(tied)), tied[:CONTENDERS]
-    scores = {c.number: stored for c in tied if (stored := study.scores(c.number, "validation")) is not None}
-    if len(scores) == len(tied):
-        return _best(tied, scores, weights_of(study, candidates)), f"the best on validation; {note}"
-    return None if scores else (tied[0], f"the best on search: nothing is scored on validation; {note}")
-
-
-def _best(tied: Sequence[Candidate], scores: dict[int, dict[str, Scores]], weights: np.ndarray) -> Candidate:
-    merit = {n: float(np.dot([s.value for s in by_name.values()], weights)) for n, by_name in scores.items()}
-    return max((c for c in tied if c.number in merit), key=lambda c: (merit[c.number], -c.number))
-
-
-def _all_stored(study: Study, candidates: Sequence[Candidate]) -> bool:
-    return all(study.scores(c.number, "validation") is not None for c in candidates)
-
-
-def _tied_note(count: int) -> str:
-    if count == 1:
-        return "no other candidate is statistically tied with the best on search"
-    scored = f"; the {CONTENDERS} best of them went on to validation" if count > CONTENDERS else ""
-    return f"{count} candidates are statistically tied at the top on search{scored}"
-
-
-def _search_items(study: Study, candidate: Candidate) -> list[Scores]:
-    """One score per objective, in the study's order."""
-    scores = study.scores(candidate.number, "search")
-    if scores is None:
-        raise EnvironmentProblem(f"the study {study.name!r} holds no items of candidate {candidate.number}")
-    return [scores[name] for name in study.header.objectives]

@@ -6,52 +6,93 @@ A choice is settled before a test score is looked at, and each model is scored o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evomerge.card import model_card
 from evomerge.commands import say
-from evomerge.config import StudyConfig
 from evomerge.errors import ConfigError
 from evomerge.export import export as write_export
 from evomerge.export import require_free
-from evomerge.gains import Report, best_known, report
-from evomerge.intervals import interval
-from evomerge.rescore import eligible, front_of, score_split, splits_of, study_config, winner
+from evomerge.gains import Report, report
+from evomerge.intervals import Z95, Interval, interval
+from evomerge.objectives import Scores
+from evomerge.picking import Pick, could_be_on_front, hypervolume_line, memberships, picked
+from evomerge.rescore import (
+    Scorer,
+    baselines,
+    feasible,
+    front_of,
+    nearest,
+    none_feasible,
+    remarks,
+    splits_of,
+    study_config,
+)
+from evomerge.selection import winner
 from evomerge.study import Candidate, Study
 
 
 def front_rows(
-    study: Study, split: str, *, everything: bool, inline: bool, allow_task_code: bool
+    study: Study, split: str, pick: Pick | None = None, *, everything: bool, inline: bool, allow_task_code: bool
 ) -> list[dict[str, Any]]:
-    """One row per front point (or candidate): number, label, value and interval per objective.
+    """One row per front point (or candidate): number, label, value and interval per objective, membership.
 
-    With the test split, the winner and the best known recipe are scored on it too, and the gain between them is said.
+    What was asked for with `pick` comes first. With the test split, the winner, the best expert and the best standard
+    recipe are scored on it too, and what the search added is said first.
     """
     candidates = study.candidates()
     chosen = [c for c in candidates if c.values and c.state == "done"] if everything else front_of(study, candidates)
+    nearest_one = nearest(study, candidates)
+    if nearest_one is not None and not everything:
+        chosen = [nearest_one[0]]
+    wanted = picked(study, candidates, pick) if pick else None
     config = study_config(study, allow_task_code=allow_task_code)
-    best: Candidate | None = None
-    if split == "test" and eligible(candidates):
-        best = _winner(study, config, candidates, inline=inline)
-    scores = score_split(study, config, chosen, split, inline=inline, on_score=_counter(split))
-    if best is not None:
-        gained = _compared(study, config, candidates, best, ("test",), inline=inline)
-        found = score_split(study, config, [best], split, inline=inline)[best.number]
-        say(f"candidate {best.number} on test: " + ", ".join(f"{n} {interval(s)}" for n, s in found.items()))
-        _say_report(gained)
-    rows = []
-    approximate = set()
-    for c in chosen:
-        row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
-        for name, score in scores[c.number].items():
-            row[name] = interval(score)
-            approximate |= {name} if row[name].method == "normal" else set()
-        row["recipe"] = c.fingerprint[:12]
-        rows.append(row)
+    with Scorer(study, config, inline=inline) as scorer:
+        best: Candidate | None = None
+        if split == "test" and feasible(study, candidates):
+            best = _winner(scorer, candidates)
+        scores = scorer.score(chosen, split, on_score=_counter(split))
+        if best is not None:
+            gained = _compared(scorer, candidates, best, ("test",))
+            _say_report(gained)
+            found = scorer.score([best], split)[best.number]
+            say(f"candidate {best.number} on test: " + ", ".join(f"{n} {interval(s)}" for n, s in found.items()))
+    _say_remarks(study, candidates)
+    shares = memberships(study, candidates)
+    rows = [_row(c, scores[c.number], shares[c.fingerprint]) for c in chosen]
+    if everything:
+        able = {c.fingerprint for c in feasible(study, candidates)}
+        for c, row in zip(chosen, rows, strict=True):
+            row["state"] = "done" if c.fingerprint in able else "infeasible"
+        rows += _estimates(study, candidates) if split == "search" else []
+    if wanted is not None:
+        say(f"candidate {wanted.number}: {pick}")
+        for row in rows:
+            row["picked"] = str(pick) if row["candidate"] == wanted.number else ""
+        rows.sort(key=lambda row: not row["picked"])
+    approximate = {n for row in rows for n, v in row.items() if isinstance(v, Interval) and v.method == "normal"}
     if approximate:
         say(f"intervals of {', '.join(sorted(approximate))} are value +- 1.96 standard errors")
+    return rows
+
+
+def _row(c: Candidate, scores: Mapping[str, Scores], share: float) -> dict[str, Any]:
+    label = c.label or c.attrs.get("source") or ""
+    row: dict[str, Any] = {"candidate": c.number, "label": label, "method": c.recipe.method}
+    row |= {name: interval(score) for name, score in scores.items()}
+    return row | {"membership": round(share, 4), "recipe": c.fingerprint[:12]}
+
+
+def _estimates(study: Study, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Rows of the candidates that were stopped early and may be on the front for all that is known."""
+    rows = []
+    for c in could_be_on_front(study, candidates):
+        row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
+        for name, value, error in zip(study.header.objectives, c.estimate or (), c.estimate_stderr or (), strict=True):
+            row[name] = Interval(value, value - Z95 * error, value + Z95 * error, "normal")
+        rows.append(row | {"membership": None, "recipe": c.fingerprint[:12], "state": f"estimate: {c.stopped}"})
     return rows
 
 
@@ -62,47 +103,49 @@ def export_candidate(
     require_free(out)
     config = study_config(study, allow_task_code=allow_task_code)
     candidates = study.candidates()
-    if number is None:
-        chosen = _winner(study, config, candidates, inline=inline)
-    else:
-        chosen = _numbered(study, candidates, number)
-    splits = splits_of(config)
-    scores = {split: score_split(study, config, [chosen], split, inline=inline)[chosen.number] for split in splits}
-    gained = _compared(study, config, candidates, chosen, splits, inline=inline)
+    chosen = None if number is None else _numbered(study, candidates, number)
+    with Scorer(study, config, inline=inline) as scorer:
+        if chosen is None:
+            chosen = _winner(scorer, candidates)
+        splits = splits_of(config)
+        scores = {split: scorer.score([chosen], split)[chosen.number] for split in splits}
+        gained = _compared(scorer, candidates, chosen, splits)
     _say_report(gained)
     lost = chosen.recipe.to_mergekit()[1]
     card = model_card(study, chosen, scores, lost, gained, by_hand=number is not None)
     return write_export(out, chosen.recipe, card, weights=weights)
 
 
-def _winner(study: Study, config: StudyConfig, candidates: list[Candidate], *, inline: bool) -> Candidate:
-    chosen, notes = winner(study, config, candidates, inline=inline)
+def _winner(scorer: Scorer, candidates: list[Candidate]) -> Candidate:
+    chosen, notes = winner(scorer.study, scorer.config, candidates, scorer=scorer)
     for note in notes:
         say(f"note: {note}")
-    validated = study.scores(chosen.number, "validation") is not None
+    validated = scorer.study.scores(chosen.number, "validation") is not None
     say(f"candidate {chosen.number}: the winner, best of them on the {'validation' if validated else 'search'} split")
     return chosen
 
 
-def _compared(
-    study: Study,
-    config: StudyConfig,
-    candidates: list[Candidate],
-    chosen: Candidate,
-    splits: Sequence[str],
-    *,
-    inline: bool,
-) -> Report | None:
-    """The chosen candidate against the best known recipe, both scored on these splits."""
-    baseline = best_known(study, candidates)
-    if baseline is None:
+def _compared(scorer: Scorer, candidates: list[Candidate], chosen: Candidate, splits: Sequence[str]) -> Report | None:
+    """The chosen candidate against the recipes that need no search, all scored on these splits."""
+    study = scorer.study
+    against = {c.number: c for c in baselines(study, candidates).values()}
+    if not against:
         return None
     failures: dict[int, str] = {}
     for split in splits:
-        score_split(study, config, [chosen, baseline], split, inline=inline, failures=failures)
+        scorer.score([chosen, *against.values()], split, failures=failures)
     for message in failures.values():
         say(f"note: {message}")
     return report(study, candidates, chosen)
+
+
+def _say_remarks(study: Study, candidates: Sequence[Candidate]) -> None:
+    none = none_feasible(study, candidates)
+    for remark in [*([none] if none else []), *remarks(study, candidates)]:
+        say(f"note: {remark}")
+    volume = hypervolume_line(study, candidates)
+    if volume:
+        say(volume)
 
 
 def _say_report(found: Report | None) -> None:

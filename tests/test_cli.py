@@ -465,7 +465,7 @@ def test_usage_errors_exit_with_2(run: Run) -> None:
 
 def test_every_help_ends_in_runnable_examples(run: Run) -> None:
     names = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
-    assert names == sorted(["check", "search", "status", "front", "eval", "merge", "export", "ls", "cp"])
+    assert names == sorted(["check", "search", "status", "front", "propose", "eval", "merge", "export", "ls", "cp"])
     for name in (None, *names):
         _, out, _ = run(*([name] if name else []), "--help")
         examples = out.rstrip().splitlines()

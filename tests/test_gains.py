@@ -10,7 +10,7 @@ import pytest
 
 from evomerge.card import model_card
 from evomerge.gains import MEAN, best_known, report
-from evomerge.intervals import paired
+from evomerge.intervals import holm, paired
 from evomerge.objectives import Scores, mean_scores
 from evomerge.recipe import Recipe
 from evomerge.study import Header, Study
@@ -30,11 +30,14 @@ def bits(per_byte: float) -> Scores:
 
 
 def study_of(
-    folder: Path, rows: Mapping[str, tuple[str | None, Mapping[str, tuple[int, float]]]], labels: bool = True
+    folder: Path,
+    rows: Mapping[str, tuple[str | None, Mapping[str, tuple[int, float]]]],
+    labels: bool = True,
+    identity: Mapping[str, object] | None = None,
 ) -> Study:
     """Candidates by name: label, and per split how many answers are right and the bits per byte."""
-    identity = {"weights": {"base": "0" * 64}, "base": "base", "experts": {}, "seed": 0}
-    made = Study.create(f"sqlite:///{folder}/l.db", "s", Header(identity, {"acc": True, "bpb": False}))
+    identity = {"weights": {"base": "0" * 64}, "base": "base", "experts": {}, "seed": 0, **(identity or {})}
+    made = Study.create(f"sqlite:///{folder}/l.db", "s", Header(dict(identity), {"acc": True, "bpb": False}))
     for number, (label, splits) in enumerate(rows.values()):
         weight = {"red": {"weight": 0.1 * number}}
         made.propose(Recipe.build("task_arithmetic", "base", weight), None, {}, label if labels else None)
@@ -84,6 +87,7 @@ def test_gains_optimism_and_what_survived(study: Study) -> None:
         pytest.approx(expected.high),
     )
     text = "\n".join(found.lines())
+    assert found.lines()[0].startswith("search gained something: on the test split candidate 2 leads uniform soup")
     assert "over the best known recipe on search, uniform soup (candidate 1)" in text
     assert "search +0.1333 [" in text and "50% of the search gain survived" in text and "optimism +0.1000" in text
 
@@ -107,7 +111,10 @@ def test_only_stored_splits_are_told(study: Study) -> None:
 def test_the_best_known_recipe_gains_nothing_over_itself(study: Study) -> None:
     found = report(study, study.candidates(), study.candidate(1))
     assert found is not None and found.is_baseline
-    assert found.lines() == ["candidate 1 is itself the best known recipe on search: uniform soup"]
+    assert found.lines() == [
+        "search added nothing: candidate 1 is a known recipe, uniform soup",
+        "candidate 1 is itself the best known recipe on search: uniform soup",
+    ]
 
 
 def test_without_known_recipes_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
@@ -127,3 +134,51 @@ def test_the_card_tells_the_gain(study: Study, number: int) -> None:
     else:
         assert "| acc | +0.1333 [" in card and "| 50% | +0.1000 |" in card
     assert "was named by hand" in model_card(study, candidate, scores, [], found, by_hand=True)
+
+
+def test_the_tests_are_exact_where_they_can_be_and_corrected_over_all(tmp_path: Path) -> None:
+    rows = {**ROWS, "red": ("red", {"search": (140, 2.5), "test": (150, 1.9)})}
+    study = study_of(tmp_path, rows, identity={"experts": {"red": "red"}})
+    found = report(study, study.candidates(), study.candidate(2))
+    assert found is not None
+    against = [(t.kind, t.baseline.label, t.name, t.test.method) for t in found.tests]
+    assert against == [
+        (kind, label, name, method)
+        for kind, label in (("best standard recipe", "uniform soup"), ("best expert", "red"))
+        for name, method in (("acc", "mcnemar"), ("bpb", "bootstrap"), (MEAN, "bootstrap"))
+    ]
+    raw = [t.test.p_value for t in found.tests]
+    assert raw[0] == pytest.approx(2 * 0.5**20)  # 20 items won, none lost
+    assert [t.p_value for t in found.tests] == pytest.approx(holm(raw))
+    worse = next(t for t in found.tests if (t.kind, t.name) == ("best expert", "bpb"))
+    assert worse.test.lead.high < 0  # 2.0 bits against 1.9: fewer are better
+    assert "corrected over all 6 by Holm's method" in "\n".join(found.lines())
+
+
+def test_baselines_are_chosen_on_search_and_never_on_test(study: Study) -> None:
+    # The base is best by far on test.
+    found = report(study, study.candidates(), study.candidate(2))
+    assert found is not None and {t.baseline.label for t in found.tests} == {"uniform soup"}
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ((141, 2.1), "search added nothing that the test split can tell: candidate 2 against uniform soup"),
+        ((100, 2.3), "search added nothing: on the test split candidate 2 is worse than uniform soup"),
+        ((170, 1.8), "search gained something: on the test split candidate 2 leads uniform soup (candidate 1) by +"),
+    ],
+)
+def test_the_first_line_says_whether_search_added_anything(tmp_path: Path, test: tuple[int, float], said: str) -> None:
+    study = study_of(tmp_path, {**ROWS, "winner": (None, {"search": (190, 1.8), "test": test})})
+    found = report(study, study.candidates(), study.candidate(2))
+    assert found is not None and found.verdict is not None
+    assert found.lines()[0] == found.verdict
+    assert found.verdict.startswith(said) and " [" in found.verdict and "p = " in found.verdict
+    card = model_card(study, study.candidate(2), {"search": study.scores(2, "search") or {}}, [], found)
+    assert card.index(found.verdict[1:]) < card.index("## Scores")
+
+
+def test_without_test_scores_nothing_is_claimed(study: Study) -> None:
+    found = report(study, study.candidates(), study.candidate(3))
+    assert found is not None and found.verdict is None and found.tests == ()

@@ -13,11 +13,12 @@ LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
      "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
      "methods", "optimizers", "surrogate", "optimum", "front", "testing",
-     "feasible", "fidelity", "intervals", "constraints"},
+     "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
     {"weights", "family", "residency", "model", "scoring", "decoding", "objectives", "storage", "study", "_study_rows"},
     {"worker", "pool", "search", "history", "events"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "rounds", "selection", "gains", "results",
-     "export", "card", "catalogue", "progress", "output", "commands", "cli", "__main__"},
+    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "rounds", "selection", "picking",
+     "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output", "commands", "cli",
+     "__main__"},
 )  # fmt: skip
 ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker; history is read by search
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.commands import find_study
-from evomerge.rescore import front_of, study_config, winner
+from evomerge.rescore import front_of, study_config
+from evomerge.selection import winner
 from evomerge.study import Candidate
 
 
