@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from evomerge.recipe import Recipe
 from evomerge.study import Header, Study
 
 N = 200
+_folder = tempfile.TemporaryDirectory()  # one database for all: making its tables takes longer than a test
+_count = itertools.count()
 
 
 def right(count: int, first: int = 0) -> Scores:
@@ -28,8 +31,12 @@ def recipe(weight: float, *others: float) -> Recipe:
     )
 
 
+def empty_study(header: Header) -> Study:
+    """A new study."""
+    return Study.create(f"sqlite:///{_folder.name}/small.db", f"small-{next(_count)}", header)
+
+
 def study_of(
-    folder: Path,
     search: Sequence[Scores | Sequence[Scores]],
     validation: Sequence[Scores | None] = (),
     *,
@@ -42,7 +49,7 @@ def study_of(
 ) -> Study:
     """A study of candidates with these scores; one objective, `acc`, unless others are named."""
     ups = dict(objectives or {"acc": True})
-    made = Study.create(f"sqlite:///{folder}/small.db", "small", Header(dict(identity or {}), ups))
+    made = empty_study(Header(dict(identity or {}), ups))
     for number, scores in enumerate(search):
         own = dict(params[number]) if params else None
         domains = {name: (0.0, 1.0, False) for name in own or {}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from evomerge.intervals import holm, paired
 from evomerge.objectives import Scores, mean_scores
 from evomerge.recipe import Recipe
 from evomerge.study import Header, Study
+from tests.small_studies import empty_study
 
 N = 300
 BYTES = 100.0
@@ -30,14 +30,13 @@ def bits(per_byte: float) -> Scores:
 
 
 def study_of(
-    folder: Path,
     rows: Mapping[str, tuple[str | None, Mapping[str, tuple[int, float]]]],
     labels: bool = True,
     identity: Mapping[str, object] | None = None,
 ) -> Study:
     """Candidates by name: label, and per split how many answers are right and the bits per byte."""
     identity = {"weights": {"base": "0" * 64}, "base": "base", "experts": {}, "seed": 0, **(identity or {})}
-    made = Study.create(f"sqlite:///{folder}/l.db", "s", Header(dict(identity), {"acc": True, "bpb": False}))
+    made = empty_study(Header(dict(identity), {"acc": True, "bpb": False}))
     for number, (label, splits) in enumerate(rows.values()):
         weight = {"red": {"weight": 0.1 * number}}
         made.propose(Recipe.build("task_arithmetic", "base", weight), None, {}, label if labels else None)
@@ -57,8 +56,8 @@ ROWS = {
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return study_of(tmp_path, ROWS)
+def study() -> Study:
+    return study_of(ROWS)
 
 
 def test_the_baseline_is_chosen_on_search_among_the_known_recipes(study: Study) -> None:
@@ -92,9 +91,9 @@ def test_gains_optimism_and_what_survived(study: Study) -> None:
     assert "search +0.1333 [" in text and "50% of the search gain survived" in text and "optimism +0.1000" in text
 
 
-def test_a_share_of_a_gain_that_may_be_none_is_not_told(tmp_path: Path) -> None:
+def test_a_share_of_a_gain_that_may_be_none_is_not_told() -> None:
     tied = {"search": (152, 2.0), "test": (141, 2.1)}
-    study = study_of(tmp_path, {**ROWS, "winner": (None, tied)})
+    study = study_of({**ROWS, "winner": (None, tied)})
     found = report(study, study.candidates(), study.candidate(2))
     assert found is not None
     assert found.rows[0].gains["search"].value > 0 and found.rows[0].survived is None
@@ -117,8 +116,8 @@ def test_the_best_known_recipe_gains_nothing_over_itself(study: Study) -> None:
     ]
 
 
-def test_without_known_recipes_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
-    study = study_of(tmp_path, ROWS, labels=False)
+def test_without_known_recipes_there_is_nothing_to_compare_with() -> None:
+    study = study_of(ROWS, labels=False)
     assert report(study, study.candidates(), study.candidate(2)) is None
 
 
@@ -136,9 +135,9 @@ def test_the_card_tells_the_gain(study: Study, number: int) -> None:
     assert "was named by hand" in model_card(study, candidate, scores, [], found, by_hand=True)
 
 
-def test_the_tests_are_exact_where_they_can_be_and_corrected_over_all(tmp_path: Path) -> None:
+def test_the_tests_are_exact_where_they_can_be_and_corrected_over_all() -> None:
     rows = {**ROWS, "red": ("red", {"search": (140, 2.5), "test": (150, 1.9)})}
-    study = study_of(tmp_path, rows, identity={"experts": {"red": "red"}})
+    study = study_of(rows, identity={"experts": {"red": "red"}})
     found = report(study, study.candidates(), study.candidate(2))
     assert found is not None
     against = [(t.kind, t.baseline.label, t.name, t.test.method) for t in found.tests]
@@ -169,8 +168,8 @@ def test_baselines_are_chosen_on_search_and_never_on_test(study: Study) -> None:
         ((170, 1.8), "search gained something: on the test split candidate 2 leads uniform soup (candidate 1) by +"),
     ],
 )
-def test_the_first_line_says_whether_search_added_anything(tmp_path: Path, test: tuple[int, float], said: str) -> None:
-    study = study_of(tmp_path, {**ROWS, "winner": (None, {"search": (190, 1.8), "test": test})})
+def test_the_first_line_says_whether_search_added_anything(test: tuple[int, float], said: str) -> None:
+    study = study_of({**ROWS, "winner": (None, {"search": (190, 1.8), "test": test})})
     found = report(study, study.candidates(), study.candidate(2))
     assert found is not None and found.verdict is not None
     assert found.lines()[0] == found.verdict

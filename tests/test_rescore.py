@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from evomerge.rescore import (
     weights_of,
 )
 from evomerge.study import Header, Study
-from tests.small_studies import recipe, right, study_of
+from tests.small_studies import empty_study, recipe, right, study_of
 
 TWO = {"up": True, "down": False}
 
@@ -32,9 +31,9 @@ def pair(up: float, down: float) -> list[Scores]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
+def study() -> Study:
     """Six candidates on one objective to be maximised and one to be minimised."""
-    made = Study.create(f"sqlite:///{tmp_path}/l.db", "s", Header({}, TWO))
+    made = empty_study(Header({}, TWO))
     values = [(0.1, 5.0), (0.5, 4.0), (0.5, 6.0), (0.9, 9.0), (0.5, 4.0), (0.3, 1.0)]
     for number, (up, down) in enumerate(values):
         made.propose(recipe(0.1 * (number if number != 4 else 1)), None, {})  # 4 repeats 1
@@ -60,15 +59,15 @@ def test_candidates_that_were_stopped_or_failed_are_on_no_front(study: Study) ->
     assert [c.number for c in front_of(study, partial)] == [1, 5]
 
 
-def constrained(folder: Path, *constraints: str) -> Study:
+def constrained(*constraints: str) -> Study:
     rows = [pair(0.5, 4.0), pair(0.6, 6.0), pair(0.4, 3.0), pair(0.9, 9.0), pair(0.55, 3.9)]
     identity = {"constraints": list(constraints), "experts": {"red": "red", "green": "green"}, "known_recipes": True}
     labels = {0: "base", 1: "red", 2: "green"}
-    return study_of(folder, rows, objectives=TWO, identity=identity, labels=labels)
+    return study_of(rows, objectives=TWO, identity=identity, labels=labels)
 
 
-def test_only_what_meets_the_constraints_is_on_the_front(tmp_path: Path) -> None:
-    study = constrained(tmp_path, "up >= base", "down <= 1.5 * base")
+def test_only_what_meets_the_constraints_is_on_the_front() -> None:
+    study = constrained("up >= base", "down <= 1.5 * base")
     candidates = study.candidates()
     assert floors_of(study, candidates) == pytest.approx([0.5, -6.0])
     assert [c.number for c in feasible(study, candidates)] == [0, 1, 4]
@@ -76,8 +75,8 @@ def test_only_what_meets_the_constraints_is_on_the_front(tmp_path: Path) -> None
     assert nearest(study, candidates) is None and none_feasible(study, candidates) is None
 
 
-def test_if_nothing_is_feasible_the_nearest_is_named_with_what_it_misses(tmp_path: Path) -> None:
-    study = constrained(tmp_path, "up >= 0.85", "down <= 7")
+def test_if_nothing_is_feasible_the_nearest_is_named_with_what_it_misses() -> None:
+    study = constrained("up >= 0.85", "down <= 7")
     candidates = study.candidates()
     assert front_of(study, candidates) == []
     found = nearest(study, candidates)
@@ -90,23 +89,22 @@ def test_if_nothing_is_feasible_the_nearest_is_named_with_what_it_misses(tmp_pat
     assert weights_of(study, candidates) == pytest.approx([0.5 / 0.5, -0.5 / 6.0])  # ranges over everybody
 
 
-def test_the_baselines_are_the_best_feasible_ones_of_each_kind(tmp_path: Path) -> None:
+def test_the_baselines_are_the_best_feasible_ones_of_each_kind() -> None:
     rows = [right(100), right(150), right(160), right(140), right(155), right(199)]
     labels = {0: "base", 1: "red", 2: "green", 3: "uniform soup", 4: "ties 0.2"}
     experts = {"red": "red", "green": "green"}
-    study = study_of(tmp_path, rows, labels=labels, identity={"experts": experts})
+    study = study_of(rows, labels=labels, identity={"experts": experts})
     found = baselines(study, study.candidates())
     assert {kind: c.label for kind, c in found.items()} == {"best expert": "green", "best standard recipe": "ties 0.2"}
     best = best_known(study, study.candidates())
     assert best is not None and best.label == "green"
-    (tmp_path / "b").mkdir()
-    limited = study_of(tmp_path / "b", rows, labels=labels, identity={"experts": experts, "constraints": ["acc >= .9"]})
+    limited = study_of(rows, labels=labels, identity={"experts": experts, "constraints": ["acc >= .9"]})
     assert baselines(limited, limited.candidates()) == {} and best_known(limited, limited.candidates()) is None
 
 
-def test_an_objective_that_never_changes_is_remarked_on(tmp_path: Path) -> None:
+def test_an_objective_that_never_changes_is_remarked_on() -> None:
     rows = [[right(100), right(n)] for n in (90, 100, 110)]
-    study = study_of(tmp_path, rows, objectives={"flat": True, "steep": True})
+    study = study_of(rows, objectives={"flat": True, "steep": True})
     said = remarks(study, study.candidates())
     assert said == [
         "objective flat was 0.5000 for all 3 candidates: it chose nothing; give it more items or leave it out"
@@ -114,8 +112,8 @@ def test_an_objective_that_never_changes_is_remarked_on(tmp_path: Path) -> None:
     assert remarks(study, study.candidates()[:1]) == []  # one candidate shows nothing
 
 
-def test_a_limit_without_its_reference_is_remarked_on(tmp_path: Path) -> None:
-    study = study_of(tmp_path, [right(90), right(100)], identity={"constraints": ["acc >= base"]})
+def test_a_limit_without_its_reference_is_remarked_on() -> None:
+    study = study_of([right(90), right(100)], identity={"constraints": ["acc >= base"]})
     assert remarks(study, study.candidates()) == [
         "the constraint `acc >= base` has no effect: its reference has no scores"
     ]
