@@ -51,13 +51,16 @@ def space_facts(space: SearchSpace, workers: int, evaluations: int | None) -> Fa
 
 
 def _zero(space: SearchSpace) -> Array | None:
-    """Return the point of the unmerged base: every weight (or lambda, or t) at 0, all else at the start."""
+    """Return the point of the unmerged base: every weight (or lambda, or t) at 0, lines flat, all else at the start."""
     method = method_named(space.methods[0])
     for neutral in NEUTRAL:
         genes = [gene for gene, slot in zip(space.genes, space.slots, strict=True) if slot.param == neutral]
         known = method.needs_base and method.parameter(neutral) is not None
         if known and genes and all(gene.holds(0.0) for gene in genes):
-            return space.encode(space.start() | {gene.name: 0.0 for gene in genes})
+            zero = space.encode(space.start() | {gene.name: 0.0 for gene in genes})
+            for i, rise in _flat(space).items():
+                zero[i] = rise  # a line that starts bent would keep the point out of the coarsest level
+            return zero
     return None
 
 

@@ -297,6 +297,8 @@ def test_cells_are_as_the_facts_say(genes: dict[str, Any], unit: float) -> None:
         ({"method": "ties", "genes": {"weight": {"low": 0.1}, "lambda": {"low": 0.0}}}, {"lambda": 0.0}),
         ({"method": "iso_c", "genes": {"lambda": {"low": 0.0, "curve": 2}}}, {"lambda.C0": 0.0, "lambda.C1": 0.0}),
         ({"method": "iso_c", "genes": {"lambda": {"low": 0.1, "curve": 2}}}, None),
+        ({"method": "ties", "genes": {"weight": WEIGHT, "lambda": {"line": {"low": -0.2, "high": 0.5, "start": 0.3}}}},
+         {"math.weight": 0.0, "code.weight": 0.0, "lambda.beta": 0.0}),
         ({"method": "linear", "genes": {"weight": WEIGHT}}, None),
         ({"method": "task_arithmetic", "genes": {"weight": {**WEIGHT, "low": 0.01, "scale": "log"}}}, None),
         ({"method": "task_arithmetic", "genes": {"weight": {**WEIGHT, "line": {"low": 0.1, "high": 0.5}}}}, None),
