@@ -79,8 +79,9 @@ class Run:
     """One search of an arm."""
 
     def __init__(self, arm: Evomerge, landscape: Landscape, meter: Meter, seed: int, budget: float) -> None:
-        from evomerge.fidelity import RUNGS, Rivals
+        from evomerge.fidelity import RUNGS, Schedule
         from evomerge.optimizers import Facts, Goal, make
+        from evomerge.racing import Rivals
 
         self._arm, self._meter, self._seed = arm, meter, seed
         shape = landscape.shape
@@ -95,7 +96,8 @@ class Run:
         self._optimizer = make(arm.optimizer, dim, goals, seed, start, arm.options, facts)
         rungs = RUNGS if arm.racing else (1.0,)
         self._items: dict[int, list[np.ndarray]] = {}
-        self._rivals = Rivals(seed, rungs, dict.fromkeys(names, True), self._items.__getitem__)
+        self._schedule = Schedule(seed, rungs, {})
+        self._rivals = Rivals(dict.fromkeys(names, True), self._items.__getitem__)
         self._sizes: dict[tuple[str, str], int] = {}
         self.candidates: list[Candidate] = []
 
@@ -120,8 +122,9 @@ class Run:
         except Exhausted:
             return False
         weights = self.weights(x)
-        race = self._rivals.race(to_the_end=known)
-        assert race is not None
+        part = self._schedule.part(number, to_the_end=known)
+        assert part is not None
+        race = self._rivals.race(part, to_the_end=known)
         scores, stopped = score_in_rungs(self._objectives, weights, "search", race, self._sizes)  # type: ignore[arg-type]
         found = [scores[o.name] for o in self._objectives]
         values, stderr = np.array([s.value for s in found]), np.array([s.stderr for s in found])

@@ -269,7 +269,7 @@ BOTH = ("one", "front")
 PEERS: dict[str, Peer] = {
     "mergekit-evolve": Peer(lambda b: Cma(b, 1.0 / b.experts, None, stops=True), "layers", folded=True),
     "sakana": Peer(lambda b: Cma(b, 0.5, 1.0, stops=False), "layers"),
-    "mergenetic": Peer(lambda b: Genetic(b, 1.0), "model", share=FEW, modes=BOTH),
+    "mergenetic": Peer(lambda b: Genetic(b, 1.0), "model", share=FEW, most=400, modes=BOTH),
     "nsga2, layers": Peer(lambda b: Genetic(b, HIGHEST), "layers", modes=BOTH),
     "nsga2, model": Peer(lambda b: Genetic(b, HIGHEST), "model", modes=BOTH),
     "random, layers": Peer(RandomSearch, "layers", modes=BOTH),

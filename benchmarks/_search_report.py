@@ -13,6 +13,8 @@ Array = NDArray[np.float64]
 Rows = dict[str, dict[str, Any]]
 
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 75, 100, 120, 150, 200, 240, 300, 400, 500, 600, 800)
+# Whole fronts are judged less often: each of their points costs a true score.
+FRONT_CHECKPOINTS = (25, 30, 60, 120, 240, 400, 800)
 SHOWN = {"one": (25, 50, 100, 200, 400, 800), "front": (25, 60, 120, 240, 400, 800)}
 SHARES = (0.5, 0.8, 0.9, 0.95)
 DEFAULT, MERGEKIT = "evomerge", "mergekit-evolve"

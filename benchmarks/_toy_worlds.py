@@ -27,9 +27,9 @@ KINDS = ("balanced", "heterogeneous", "conflicting")
 WORLDS = 5  # of each kind; seed s searches world s % WORLDS with items of its own
 TASKS, CLASSES, INPUTS, WIDTH, BLOCKS, EXPERTS = 3, 5, 16, 32, 12, 4
 LAYERS = BLOCKS + 2
-VERSION = 1  # of the recipe below; part of the file's name
+VERSION = 2  # of the recipe below; part of the file's name
 BASE_STEPS, BATCH = 150, 256
-TRUTH_ITEMS, ORACLE_ITEMS = 4000, 4000
+TRUTH_ITEMS, ORACLE_ITEMS = 4000, 8000
 
 Params = dict[str, np.ndarray]
 
@@ -198,7 +198,7 @@ def _build(kind: str, world: int, teachers: Teachers, file: Path) -> None:
 def _oracle(world: World, seed: list[int]) -> Array:
     """The coefficients with the best score on the oracle's pool: gradients per expert, then per layer.
 
-    What is climbed is the probability of the right class, whose mean is a smooth accuracy.
+    What is climbed is a sigmoid of the right class's margin, whose mean is a smooth accuracy.
     """
     import torch
 
@@ -215,20 +215,20 @@ def _oracle(world: World, seed: list[int]) -> Array:
             "last": base["last"] + torch.einsum("k,k...->...", w[:, -1], deltas["last"]),
         }
         logits = forward(merged, inputs[chosen])
-        right = torch.softmax(2.0 * logits, dim=1)[torch.arange(len(chosen)), labels[chosen]]
-        return right.mean(), float((logits.argmax(dim=1) == labels[chosen]).float().mean())
+        mine = logits.gather(1, labels[chosen][:, None])
+        others = logits.scatter(1, labels[chosen][:, None], -torch.inf).amax(dim=1, keepdim=True)
+        return torch.sigmoid(3.0 * (mine - others)).mean(), float((mine > others).float().mean())
 
     rng = np.random.default_rng(seed)
     everything = torch.arange(len(y))
     best, best_score = torch.zeros(EXPERTS, LAYERS), -1.0
-    for layers, steps, rate in ((1, 80, 0.05), (LAYERS, 160, 0.03)):
-        start = best if best_score > 0 else torch.full((EXPERTS, LAYERS), 0.35)
-        w = start.mean(dim=1, keepdim=True) if layers == 1 else start.clone()
-        w = w.clone().requires_grad_()
+    for start, layers, steps, rate in ((0.2, 1, 70, 0.05), (0.5, 1, 70, 0.05), (None, LAYERS, 200, 0.02)):
+        w = best.clone() if start is None else torch.full((EXPERTS, layers), start)
+        w.requires_grad_()
         adam = torch.optim.Adam([w], lr=rate)
         for step in range(steps):
             adam.zero_grad()
-            (-score(w.expand(EXPERTS, LAYERS), torch.from_numpy(rng.integers(0, len(y), 2048)))[0]).backward()
+            (-score(w.expand(EXPERTS, LAYERS), torch.from_numpy(rng.integers(0, len(y), 3000)))[0]).backward()
             adam.step()
             with torch.no_grad():
                 w.clamp_(0.0, HIGHEST)

@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 from _evomerge_arm import EVOMERGE, Evomerge, run_evomerge  # noqa: E402
 from _landscapes import Array, Landscape, Meter, Truth  # noqa: E402
 from _search_arms import PEERS, Peer, Trial, run_peer  # noqa: E402
-from _search_report import CHECKPOINTS, print_report  # noqa: E402
+from _search_report import CHECKPOINTS, FRONT_CHECKPOINTS, print_report  # noqa: E402
 
 ARMS: dict[str, Evomerge | Peer] = {**EVOMERGE, **PEERS}
 MODES = ("one", "front")
@@ -116,9 +116,14 @@ def one_run(arm_name: str, place: Place, mode: str, seed: int, evaluations: floa
     }
 
 
+def looks(mode: str) -> tuple[int, ...]:
+    """The evaluations at which a mode's results are looked at."""
+    return CHECKPOINTS if mode == "one" else FRONT_CHECKPOINTS
+
+
 def _peer_points(arm: Peer, place: Place, meter: Meter, mode: str, seed: int, evaluations: float) -> Iterator[Row]:
     trials: list[Trial] = []
-    left = [c for c in CHECKPOINTS if c <= min(evaluations, arm.most)]
+    left = [c for c in looks(mode) if c <= min(evaluations, arm.most)]
     for trial in run_peer(arm, place.landscape, meter, seed, evaluations):
         while left and trial.spent > left[0] + 1e-9:
             yield _judged(left.pop(0), _handed_over(trials, mode), len(trials), place, mode)
@@ -142,7 +147,7 @@ def _evomerge_points(
     arm: Evomerge, place: Place, meter: Meter, mode: str, seed: int, evaluations: float
 ) -> Iterator[Row]:
     budget = min(evaluations, arm.most)
-    steps = run_evomerge(arm, place.landscape, meter, seed, budget, CHECKPOINTS, mode)
+    steps = run_evomerge(arm, place.landscape, meter, seed, budget, looks(mode), mode)
     for checkpoint, run, allowance in steps:
         if mode == "front":
             handed = run.front(allowance)
