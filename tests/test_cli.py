@@ -216,17 +216,85 @@ def test_the_test_split_is_scored_once_and_then_shown(work: Path, run: Run) -> N
     _, second, err = run("front", "runs/tiny", "--split", "test", "--inline", "-f", "json")
     assert first == second, err
     assert "the winner, best of them on the validation split" in err
-    gain = [line.strip() for line in err.splitlines() if "best known recipe" in line or line.startswith("  ")]
-    assert gain and set(gain) <= {line.strip() for line in said.splitlines()}
+    told = [line.strip() for line in err.splitlines() if line.startswith("  ")]
+    gain, tests = ([line for line in told if line.startswith("over ") == which] for which in (False, True))
+    assert set(told) <= {line.strip() for line in said.splitlines()}
     shown = json.loads(run("status", "runs/tiny", "-f", "json")[1])  # which scores nothing at all
-    for line in gain[1:]:
+    assert shown["verdict"] == next(line for line in err.splitlines() if line.startswith("search "))
+    assert next(iter(shown)) == "verdict"
+    for line in gain:
         name, _, text = line.partition(": ")
         assert text.startswith("search ") and " test " in text
         assert shown[f"gain, {name}"] == text
+    for line in tests:
+        assert any(line.endswith(f": {text}") for text in shown.values())
     study = Study.load(URL, "tiny")
     number = json.loads(first)[0]["candidate"]
     stored = study.scores(number, "test")
     assert stored is not None and stored["pick"].value == json.loads(first)[0]["pick"]
+
+
+def test_a_point_of_the_front_is_picked_and_new_recipes_are_proposed(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 0
+    _, out, err = run("front", "runs/tiny", "-f", "json")
+    points = {row["candidate"]: row for row in json.loads(out)}
+    assert "hypervolume " in err and "above the worst of the known recipes in each objective: pick " in err
+    assert all(0 < row["membership"] <= 1 for row in points.values())
+    for options in (["--prefer", "pick=1"], ["--prefer", "text=1,pick=0"], ["--knee"], ["--weakest-link"]):
+        code, out, err = run("front", "runs/tiny", "-f", "json", *options)
+        first, *rest = json.loads(out)
+        assert code == 0 and first["picked"] and not any(row["picked"] for row in rest), err
+        assert {row["candidate"] for row in (first, *rest)} == set(points)
+    assert json.loads(run("front", "runs/tiny", "-f", "json", "--prefer", "pick=1")[1])[0]["pick"] == max(
+        row["pick"] for row in points.values()
+    )
+    best = min(row["text"] for row in points.values())
+    reached = json.loads(run("front", "runs/tiny", "-f", "json", "--at-least", f"text={best!r}")[1])[0]
+    assert (reached["text"], reached["picked"]) == (best, f"knee, at least text={best:g}")
+    code, _, err = run("front", "runs/tiny", "--at-least", "pick=1.1")
+    assert code == 2 and "the best pick is " in err and "lower --at-least" in err
+    code, _, err = run("front", "runs/tiny", "--prefer", "pik=1,text=x", "--knee")
+    assert code == 2 and "no objective 'pik'" in err and "'text=x' is no NAME=NUMBER" in err
+    assert run("front", "runs/tiny", "--prefer", "pick=1", "--knee")[0] == 2
+
+    code, out, err = run("propose", "runs/tiny", "--prefer", "pick=0.7,text=0.3", "--inline", "-f", "json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["objective"] for row in rows] == ["pick", "text"]
+    assert [row["preference"] for row in rows] == [0.7, 0.3]
+    made = Study.load(URL, "tiny").candidate(rows[0]["candidate"])
+    assert made.number == 14 and made.state == "done" and made.attrs["source"] == "preferred pick=0.7 text=0.3"
+    assert made.values == (rows[0]["measured"], rows[1]["measured"])
+    assert all(row["low.predicted"] <= row["predicted"] <= row["high.predicted"] for row in rows)
+    code, _, err = run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=16")
+    assert code == 0 and len(Study.load(URL, "tiny").candidates()) == 16, err  # the study goes on after it
+
+
+def test_an_equal_recipe_is_proposed_once(work: Path, run: Run) -> None:
+    edit_study(lambda d: d["space"]["genes"].update(weight={"choices": [0.5, 0.75], "per_expert": False}))
+    edit_study(lambda d: d.update(known_recipes=False))
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 0
+    code, out, err = run("propose", "runs/tiny", "--prefer", "pick=1", "--inline", "-f", "json")
+    assert code == 0 and "has this recipe already" in err, err
+    assert json.loads(out)[0]["candidate"] < 14 and len(Study.load(URL, "tiny").candidates()) == 14
+
+
+def test_a_proposal_needs_results_to_learn_from(work: Path, run: Run) -> None:
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=3")[0] == 0
+    code, _, err = run("propose", "runs/tiny", "--prefer", "pick=1", "--inline")
+    assert code == 2 and "fewer than its" in err and "continue the search" in err
+
+
+def test_constraints_that_nothing_meets_are_said_with_the_nearest(work: Path, run: Run) -> None:
+    edit_study(lambda d: d.update(constraints=["text <= 1.0"]))
+    assert run("search", "study.yaml", "--inline", "-q", "-o", "budget.evaluations=12")[0] == 0
+    code, out, err = run("front", "runs/tiny", "-f", "json")
+    assert code == 0 and "no candidate of" in err and "comes nearest: text is " in err, err
+    assert len(json.loads(out)) == 1 and json.loads(out)[0]["membership"] == 0
+    assert "short of `text <= 1.0`" in json.loads(run("status", "runs/tiny", "-f", "json")[1])["verdict"]
+    code, _, err = run("export", "runs/tiny", "out", "--inline")
+    assert code == 2 and "comes nearest" in err and not Path("out").exists()
+    assert {row["state"] for row in json.loads(run("front", "runs/tiny", "--all", "-f", "json")[1])} == {"infeasible"}
 
 
 @pytest.mark.parametrize("fidelity", ["off", "{rungs: [0.5, 1]}"])
