@@ -79,25 +79,31 @@ class Run:
     """One search of an arm."""
 
     def __init__(self, arm: Evomerge, landscape: Landscape, meter: Meter, seed: int, budget: float) -> None:
-        from evomerge.fidelity import RUNGS, Schedule
-        from evomerge.optimizers import Facts, Goal, make
+        from evomerge.estimator import ItemMatrix
+        from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, SHARE, Schedule
+        from evomerge.optimizers import Goal, make
         from evomerge.racing import Rivals
 
         self._arm, self._meter, self._seed = arm, meter, seed
-        shape = landscape.shape
-        evaluations = int(budget)
-        self._shape, self._ties = shape, shape.ties(arm.level or "layers")
+        self._shape, self._ties = landscape.shape, landscape.shape.ties(arm.level or "layers")
+        self._known = known_recipes(self._shape)
         dim = self._ties.shape[1]
-        facts = Facts.plain(dim, evaluations=evaluations) if arm.level else shape.facts(evaluations)
         names = [f"objective {j}" for j in range(len(meter.objectives))]
         self._objectives = [MeteredObjective(name, meter, j) for j, name in enumerate(names)]
         goals = [Goal(name, 0.0, 1.0) for name in names]
-        start = self._unit(known_recipes(shape)[1 + shape.experts][1])
+        start = self._unit(dict(self._known)["uniform soup"])
+        facts = self._shape.facts(int(budget), arm.level)
         self._optimizer = make(arm.optimizer, dim, goals, seed, start, arm.options, facts)
-        rungs = RUNGS if arm.racing else (1.0,)
+        epochs = {
+            "known": len(self._known),
+            "evaluations": int(budget),
+            "share": SHARE,
+            "candidates": FEWEST_CANDIDATES,
+        }
+        self._schedule = Schedule(seed, RUNGS if arm.racing else (), epochs if arm.rotation else {})
         self._items: dict[int, list[np.ndarray]] = {}
-        self._schedule = Schedule(seed, rungs, {})
         self._rivals = Rivals(dict.fromkeys(names, True), self._items.__getitem__)
+        self._matrix = ItemMatrix(self._items.__getitem__)
         self._sizes: dict[tuple[str, str], int] = {}
         self.candidates: list[Candidate] = []
 
@@ -112,29 +118,40 @@ class Run:
     def step(self) -> bool:
         """Ask for one candidate, score it, tell it; False where nothing is left to ask for."""
         from evomerge.optimizers import Exhausted, Result
-        from evomerge.worker import score_in_rungs
 
         number = len(self.candidates)
-        recipes = known_recipes(self._shape)
-        known = number < len(recipes)
+        known = number < len(self._known)
         try:
-            x = self._unit(recipes[number][1]) if known else self._optimizer.ask(number)
+            x = self._unit(self._known[number][1]) if known else self._optimizer.ask(number)
         except Exhausted:
             return False
         weights = self.weights(x)
-        part = self._schedule.part(number, to_the_end=known)
-        assert part is not None
+        values, stderr, items = self._scored(number, weights, known)
+        if items is not None:
+            self._items[number] = items
+            self._rivals.add(number, values.tolist())
+            self._matrix.add(number)
+        self.candidates.append(Candidate(weights, x, values, stderr, items is not None, known))
+        self._optimizer.tell(Result(number, x, values, stderr, items=items))
+        return True
+
+    def _scored(self, number: int, weights: Array, known: bool) -> tuple[Array, Array, list[np.ndarray] | None]:
+        """Scores and errors `(m,)`, estimates where the candidate was stopped; and the items if it was not."""
+        from evomerge.fidelity import Part
+        from evomerge.worker import score_in_rungs
+
+        part = self._schedule.part(number, to_the_end=known) or Part(self._seed, (1.0,))
         race = self._rivals.race(part, to_the_end=known)
         scores, stopped = score_in_rungs(self._objectives, weights, "search", race, self._sizes)  # type: ignore[arg-type]
         found = [scores[o.name] for o in self._objectives]
         values, stderr = np.array([s.value for s in found]), np.array([s.stderr for s in found])
-        items = None
         if stopped is None:
-            items = self._items[number] = [np.asarray(s.items) for s in found]
-            self._rivals.add(number, values.tolist())
-        self.candidates.append(Candidate(weights, x, values, stderr, stopped is None, known))
-        self._optimizer.tell(Result(number, x, values, stderr, items=items))
-        return True
+            return values, stderr, [np.asarray(s.items) for s in found]
+        for j, objective in enumerate(self._objectives if self._arm.matrix else ()):
+            better = self._matrix.estimate(j, found[j].items, stopped.positions[objective.name])
+            if better is not None and better.stderr < stderr[j]:
+                values[j], stderr[j] = better.value, better.stderr
+        return values, stderr, None
 
     def recommended(self) -> list[Array]:
         """The weights that the optimizer recommends, best first."""
@@ -145,17 +162,13 @@ class Run:
         return [self.weights(r.x) for r in self._optimizer.recommend()]
 
     def ranked(self) -> list[Candidate]:
-        """Candidates by the mean of their posterior means, best first; the raw values where there is no posterior."""
+        """The candidates scored in full by the mean of their posterior means, best first."""
+        from evomerge.surrogate import posterior
+
         done = self.candidates
         x, y, e = (np.array([getattr(c, part) for c in done]) for part in ("x", "values", "stderr"))
-        try:
-            from evomerge.surrogate import posterior
-        except ImportError:
-            merit = y.mean(axis=1)
-        else:
-            x = x @ np.eye(x.shape[1])
-            merit = np.mean([posterior(x, y[:, j], e[:, j], 0.0, 1.0)[0] for j in range(y.shape[1])], axis=0)
-        return [done[i] for i in np.argsort(-merit, kind="stable")]
+        merit = np.mean([posterior(x, y[:, j], e[:, j], 0.0, 1.0)[0] for j in range(y.shape[1])], axis=0)
+        return [done[i] for i in np.argsort(-merit, kind="stable") if done[i].whole]
 
     # ---------------------------------------------------------------- what is handed over
 
@@ -164,31 +177,36 @@ class Run:
         ranked, recommended = self.ranked(), self.recommended()
         if not self._arm.guard:
             return recommended[0] if recommended else ranked[0].weights
-        whole = [c for c in ranked if c.whole]
-        anchors = sorted((c for c in whole if c.known), key=lambda c: -float(c.values.mean()))[:2]
-        offered = [*recommended, *(c.weights for c in anchors), *(c.weights for c in whole if not c.known)]
-        finalists = _distinct(offered)[: int(np.clip(2 * allowance, 1, MOST_FINALISTS))]
-        return self._halved(finalists)
+        anchors = [c for c in ranked if c.known][:2]
+        chosen = [*recommended, *(c.weights for c in anchors), *(c.weights for c in ranked if not c.known)]
+        finalists = _distinct(chosen)[: int(np.clip(2 * allowance, 1, MOST_FINALISTS))]
+        return self._halved(finalists, {c.weights.tobytes() for c in anchors})
 
-    def _halved(self, finalists: list[Array]) -> Array:
-        """The winner of paired rounds on growing parts of the validation split; half of them leave each round."""
-        sizes = [len(p) for p in self._meter.positions]
-        order = [np.random.default_rng([self._seed, 77]).permutation(n) for n in sizes]
-        sums = np.zeros((len(finalists), len(sizes)))
+    def _halved(self, finalists: list[Array], known: set[bytes]) -> Array:
+        """The winner of paired rounds on growing parts of the validation split, as in `evomerge.selection`.
+
+        Half of them stay in each round, none that is clearly worse than the leader, and known recipes that are not; in
+        the end the simplest within one standard error of the best.
+        """
+        positions = np.concatenate(self._meter.positions)
+        order = positions[np.random.default_rng([self._seed, 77]).permutation(len(positions))]
+        seen = [np.empty(0) for _ in finalists]
         alive = list(range(len(finalists)))
-        before = 0.0
         for share in ROUNDS:
             for i in alive:
-                for j, n in enumerate(sizes):
-                    chosen = self._meter.positions[j][order[j][round(before * n) : round(share * n)]]
-                    sums[i, j] += self._meter.items(finalists[i], "validation", chosen).sum()
-            before = share
-            alive.sort(key=lambda i: -float((sums[i] / sizes).mean()))
-            if len(alive) == 1:
-                break
+                new = order[len(seen[i]) : round(share * len(order))]
+                seen[i] = np.append(seen[i], self._meter.items(finalists[i], "validation", new))
+            alive.sort(key=lambda i: -float(seen[i].mean()))
             if share < 1.0:
-                alive = alive[: max(1, len(alive) // 2)]
-        return finalists[alive[0]]
+                half = -(-len(alive) // 2)
+                alive = [
+                    i
+                    for place, i in enumerate(alive)
+                    if _lead(seen[i], seen[alive[0]], 1.96) >= 0.0 and (place < half or finalists[i].tobytes() in known)
+                ]
+        near = [i for i in alive if _lead(seen[i], seen[alive[0]], 1.0) >= 0.0]
+        sizes = {i: 0 if finalists[i].tobytes() in known else complexity(finalists[i]) for i in near}
+        return finalists[min(near, key=lambda i: (sizes[i], alive.index(i)))]
 
     def front(self, allowance: float) -> list[tuple[Array, Array]]:
         """Weights and scores of the non-dominated candidates scored in full, recommendations included."""
@@ -224,6 +242,17 @@ def run_evomerge(
             searched += meter.spent - before
             continue
         yield left.pop(0), run, allowance
+
+
+def complexity(weights: Array) -> int:
+    """The number of different weights per expert, summed: what `evomerge.selection` counts in a recipe."""
+    return sum(len(np.unique(own)) for own in weights)
+
+
+def _lead(mine: Array, best: Array, z: float) -> float:
+    """The upper end of a paired difference to the best, z standard errors above its mean."""
+    difference = mine - best
+    return float(difference.mean() + z * difference.std() / np.sqrt(len(difference)))
 
 
 def _distinct(offered: Sequence[Array]) -> list[Array]:

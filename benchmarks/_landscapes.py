@@ -68,16 +68,19 @@ class Shape:
                 found.append(Level(name, matrix, np.zeros(self.dim)))
         return tuple(found)
 
-    def facts(self, evaluations: int | None) -> Any:
-        """What an optimizer is told of the cube."""
-        from evomerge.optimizers import Facts
+    def facts(self, evaluations: int | None, level: str | None = None) -> Any:
+        """What an optimizer is told of the cube, or of one level that is all it searches."""
+        from evomerge.optimizers import Facts, Level
 
+        ties = self.ties(level or "layers")
+        dim = ties.shape[1]
+        owners = np.repeat(np.arange(self.experts), self.layers * self.components)
         return Facts(
-            cells=np.zeros(self.dim, dtype=np.intp),
-            categorical=np.zeros(self.dim, dtype=np.bool_),
-            zero=np.zeros(self.dim),
-            experts=np.repeat(np.arange(self.experts), self.layers * self.components),
-            levels=self.levels(),
+            cells=np.zeros(dim, dtype=np.intp),
+            categorical=np.zeros(dim, dtype=np.bool_),
+            zero=np.zeros(dim),
+            experts=owners[ties.argmax(axis=0)],
+            levels=self.levels() if level is None else (Level(level, np.eye(dim), np.zeros(dim)),),
             evaluations=evaluations,
         )
 
