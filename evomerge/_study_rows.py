@@ -14,7 +14,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from evomerge.fidelity import Stopped, share_text
+from evomerge.fidelity import Stopped
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
 from evomerge.space import Natural
@@ -23,6 +23,7 @@ from evomerge.storage import pack, unpack
 PIECE_CHARS = 59_000
 ITEMS = "evomerge:items"
 PARTIAL = "evomerge:partial"  # items of a stopped candidate
+BEATEN = "beaten"  # the only rule there was before rules were recorded
 POSITIONS = "evomerge:positions"  # and which of the split's items they are
 STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
@@ -39,6 +40,7 @@ class Header:
         threads: per worker; re-scoring uses as many, since arithmetic may depend on it in the last bit.
         workers: when the study was started; optimizers size their generations by it ever after.
         rungs: shares of the search items after which a candidate may be stopped, the last is 1; empty: no stopping.
+        epochs: rotating subsets of the items, as the arguments of `fidelity.epoch_of`; empty: none.
     """
 
     identity: dict[str, Any]
@@ -48,6 +50,7 @@ class Header:
     threads: int = 0
     workers: int = 1
     rungs: Sequence[float] = ()
+    epochs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,10 @@ class Candidate:
 
     @property
     def stopped(self) -> str | None:
-        """For people: at which share of the items it was stopped, and which candidate beat it."""
+        """For people: at which share of the items it was stopped, by which rule, and beside which candidate."""
         if self.state != "stopped":
             return None
-        return f"stopped at {share_text(self.attrs['share'])}, beaten by #{self.attrs['beaten_by']}"
+        return str(Stopped(self.attrs["share"], self.attrs["beaten_by"], {}, self.attrs.get("stop_rule", BEATEN)))
 
     @property
     def source(self) -> str | None:
@@ -124,7 +127,8 @@ def frame_row(c: Candidate, names: Sequence[str]) -> dict[str, Any]:
         row |= {f"estimate_stderr.{n}": v for n, v in zip(names, c.estimate_stderr, strict=True)}
     row |= c.params or {}
     row["reason"] = c.reason
-    for key in ("t_merge_s", "t_eval_s", "peak_bytes", "worker", "recipe_id", "same_as", "share", "beaten_by"):
+    for key in ("t_merge_s", "t_eval_s", "peak_bytes", "worker", "recipe_id", "same_as", "share", "beaten_by",
+                "stop_rule", "epoch"):  # fmt: skip
         row[key] = c.attrs.get(key)
     return row
 
@@ -162,7 +166,7 @@ def item_rows(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
 
 def stopped_rows(scores: Mapping[str, Scores], stopped: Stopped) -> tuple[dict[str, Any], dict[str, str]]:
     """Attributes of a stopped candidate for people, and those that hold its items and their positions."""
-    user: dict[str, Any] = {"share": stopped.share, "beaten_by": stopped.beaten_by}
+    user: dict[str, Any] = {"share": stopped.share, "beaten_by": stopped.beaten_by, "stop_rule": stopped.rule}
     system: dict[str, str] = {}
     for name, score in scores.items():
         user[f"estimate.search.{name}"] = score.value
@@ -185,7 +189,7 @@ def read_stopped(
         for name in names
     }
     positions = {name: read_array(system, f"{POSITIONS}:{name}").astype(np.intp) for name in names}
-    return scores, Stopped(user["share"], user["beaten_by"], positions)
+    return scores, Stopped(user["share"], user["beaten_by"], positions, user.get("stop_rule", BEATEN))
 
 
 def array_rows(key: str, array: np.ndarray) -> dict[str, str]:

@@ -26,13 +26,14 @@ from evomerge.config import load_study_file, read_text, shipped_file, shipped_na
 from evomerge.errors import ConfigError, Problem, StorageError
 from evomerge.export import check_recipe_models, merged_dtype
 from evomerge.export import merge as write_merge
-from evomerge.fidelity import Race, share_text
+from evomerge.fidelity import share_text
 from evomerge.gains import report
 from evomerge.intervals import Spread, interval
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
 from evomerge.progress import Progress
+from evomerge.racing import Race
 from evomerge.recipe import Recipe
 from evomerge.rescore import front_of, none_feasible, remarks
 from evomerge.residency import show_bytes

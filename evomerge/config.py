@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
-from evomerge.fidelity import read_rungs
+from evomerge.fidelity import Fidelity, read_fidelity
 from evomerge.objectives import ObjectiveSpec
 from evomerge.strict_yaml import Document, load_yaml
 
@@ -95,7 +95,7 @@ class _StudyFile(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     known_recipes: bool = True
     constraints: list[Limit] = []
-    fidelity: Annotated[tuple[float, ...] | None, BeforeValidator(read_rungs)] = None
+    fidelity: Annotated[Fidelity, BeforeValidator(read_fidelity)] = Fidelity()
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class StudyConfig:
         space: the space's specification, and where it came from.
         optimizer: name and options; None leaves the choice to the number of objectives.
         constraints: as the file has them; `evomerge.constraints` reads them.
-        fidelity: rungs as the file gives them, empty for `off`; None leaves the choice to evomerge.
+        fidelity: rungs and epochs as far as the file gives them.
         notes: messages about keys that had no equivalent (mergekit-evolve files).
         document: the study file's data with their lines; `space_document` that of the space, where `space_path`
             is the space's place in it.
@@ -131,7 +131,7 @@ class StudyConfig:
     seed: int
     known_recipes: bool = True
     constraints: tuple[str, ...] = ()
-    fidelity: tuple[float, ...] | None = None
+    fidelity: Fidelity = field(default_factory=Fidelity)
     notes: tuple[str, ...] = field(default=())
     document: Document = field(default_factory=lambda: Document({}), repr=False)
     space_document: Document = field(default_factory=lambda: Document({}), repr=False)

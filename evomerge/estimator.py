@@ -1,11 +1,11 @@
-"""The score of a partly scored candidate from the items of those scored in full: regression and an unbiased correction.
+"""The score of a partly scored candidate from the items of fully scored ones: regression and an unbiased correction.
 
-What a search has is a matrix, items by candidates. A new candidate's outcomes on n of the N items are regressed (ridge) on
-the outcomes of earlier candidates on the same items: rows are items, features are candidates. The regression
+What a search has is a matrix, items by candidates. A new candidate's outcomes on n of the N items are regressed (ridge)
+on the outcomes of earlier candidates on the same items: rows are items, features are candidates. The regression
 predicts all N items, and the mean of what it gets wrong on the seen ones is added, each predicted without itself.
 That correction makes the estimate unbiased whatever the regression is worth, since the seen items are a simple random
-sample of the split (the model-assisted or generalised difference estimator: Cassel, Sarndal and Wretman 1976; Cochran 1977,
-section 7.10; with cross-fitting, Robins, Rotnitzky and Zhao 1994 call it AIPW). A poor regression costs precision alone.
+sample of the split (the generalised difference estimator: Cassel, Sarndal and Wretman 1976; Cochran 1977, section
+7.10; with cross-fitting, Robins, Rotnitzky and Zhao 1994 call it AIPW). A poor regression costs precision alone.
 
 The standard error has two parts, as that of `racing.estimate`: what the seen items leave open about the split, from the
 cross-fitted residuals with the finite-population correction 1 - n / N, and the items of the split as a sample.

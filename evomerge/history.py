@@ -6,14 +6,20 @@ Everything here is rebuilt from the study's candidates, in the order in which th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evomerge.fidelity import Rivals
+from evomerge.estimator import ItemMatrix
+from evomerge.fidelity import Schedule
+from evomerge.objectives import Scores
 from evomerge.optimizers import Result
+from evomerge.racing import Race, Rivals
 from evomerge.space import SearchSpace
 from evomerge.study import Candidate, Study
+from evomerge.worker import Outcome
 
 Floors = Callable[[Mapping[str, Sequence[float]]], np.ndarray | None]
 
@@ -37,7 +43,9 @@ class History:
         self.finished: dict[str, Candidate] = {}
         self.failures_in_a_row = 0
         self.copies_in_a_row = 0
-        self.rivals = Rivals(header.identity.get("seed", 0), header.rungs, header.objectives, study.items)
+        self._schedule = Schedule(header.identity.get("seed", 0), tuple(header.rungs), header.epochs)
+        self._rivals = Rivals(header.objectives, study.items)
+        self._matrix = ItemMatrix(study.items)
         self._study, self._space, self._wants_items = study, space, wants_items
         self._ups = list(header.objectives.values())
         self._labelled: dict[str, Sequence[float]] = {}
@@ -54,7 +62,8 @@ class History:
         self.finished[candidate.fingerprint] = candidate
         if candidate.values is None:
             return
-        self.rivals.add(candidate.number, candidate.values)
+        self._rivals.add(candidate.number, candidate.values)
+        self._matrix.add(candidate.number)
         if candidate.label is not None:
             self._labelled[candidate.label] = candidate.values
             self._floors = self._floors_of(self._labelled)
@@ -63,6 +72,34 @@ class History:
     def anything_done(self) -> bool:
         """Whether any candidate has scores."""
         return any(c.state == "done" for c in self.finished.values())
+
+    def race(self, number: int, *, to_the_end: bool) -> Race | None:
+        """On which items candidate `number` is scored, and whom it has to beat; None for all items at once.
+
+        Args:
+            to_the_end: score it in full whatever comes.
+        """
+        part = self._schedule.part(number, to_the_end=to_the_end)
+        return None if part is None else self._rivals.race(part, to_the_end=to_the_end)
+
+    def attrs(self, outcome: Outcome, *, to_the_end: bool) -> dict[str, Any]:
+        """What is recorded of an outcome beside scores: its own attributes, and its epoch."""
+        return outcome.attrs | self._schedule.attrs(outcome.number, to_the_end=to_the_end)
+
+    def refined(self, outcome: Outcome) -> Mapping[str, Mapping[str, Scores]]:
+        """The outcome's scores; the estimates of a stopped candidate by all earlier ones, where that is more precise.
+
+        What comes back is stored, and never computed again.
+        """
+        if outcome.stopped is None:
+            return outcome.scores
+        refined = {}
+        for index, name in enumerate(self._study.header.objectives):
+            score = refined[name] = outcome.scores["search"][name]
+            found = self._matrix.estimate(index, score.items, outcome.stopped.positions[name])
+            if found is not None and found.stderr < score.stderr:
+                refined[name] = replace(score, value=found.value, stderr=found.stderr)
+        return {**outcome.scores, "search": refined}
 
     def result(self, candidate: Candidate) -> Result:
         """What the optimizer is told of an ended candidate."""

@@ -20,7 +20,7 @@ from evomerge.constraints import Constraint, floors, read_constraints
 from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
 from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
-from evomerge.fidelity import RUNGS, WORTH_ITEMS, additive, share_text
+from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, WORTH_EPOCHS, WORTH_ITEMS, Epochs, additive, share_text
 from evomerge.model import Outline, check_architecture, check_siblings
 from evomerge.objectives import Fitted, Objective, make_objective
 from evomerge.optimizers import Facts, Goal, Optimizer, make
@@ -114,19 +114,23 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         message = f"the budget of {most} evaluations is spent on the {len(known)} known recipes: nothing is searched"
         doubts.append(Problem(message, config.where("budget"), "raise it, or set `known_recipes: false`"))
     rungs, why_none = choose_rungs(config, objectives)
-    if why_none and config.fidelity:
+    epochs, why_no_epochs = choose_epochs(config, objectives, len(known))
+    if why_none and config.fidelity.rungs:
         hint = "set `fidelity: off`, or leave that objective out"
         doubts.append(Problem(f"no candidate is stopped early: {why_none}", config.where("fidelity"), hint))
+    if why_no_epochs and config.fidelity.epochs:
+        doubts.append(Problem(f"there are no epochs: {why_no_epochs}", config.where("fidelity"), "leave out `epochs:`"))
     return Prepared(
         config=config,
         space=space,
         objectives=tuple(objectives),
-        header=_header(config, overrides, opened, objectives, worker, rungs),
+        header=_header(config, overrides, opened, objectives, worker, rungs, epochs),
         known=tuple(known),
         worker=worker,
         constraints=constraints,
         summary=_summary(config, opened, objectives, space, worker, len(known), changes)
-        | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"},
+        | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"}
+        | {"epochs": _epochs_text(epochs) or f"off{': ' if why_no_epochs else ''}{why_no_epochs}"},
         warnings=(*doubts, *(_placed(config, p) for p in warnings)),
     )
 
@@ -295,16 +299,53 @@ def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Obj
 
 def choose_rungs(config: StudyConfig, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], str]:
     """The study's rungs, empty for none; and if the file did not say so, why there are none."""
-    if config.fidelity is not None and len(config.fidelity) < 2:
+    asked = config.fidelity.rungs
+    if asked is not None and len(asked) < 2:
         return (), ""
+    why = _incomparable(objectives) or ("" if asked else _too_few(objectives, WORTH_ITEMS))
+    return ((), why) if why else (asked or RUNGS, "")
+
+
+def choose_epochs(config: StudyConfig, objectives: Sequence[Objective], known: int) -> tuple[dict[str, Any], str]:
+    """The study's epochs as its header holds them, empty for none; and if the file did not say so, why there are none.
+
+    Args:
+        known: number of known recipes, which come first.
+    """
+    asked = config.fidelity.epochs
+    if asked is False:
+        return {}, ""
+    if config.budget.evaluations is None:
+        return {}, "their share of the items grows with the evaluations, and the budget limits hours alone"
+    why = _incomparable(objectives) or ("" if asked else _too_few(objectives, WORTH_EPOCHS))
+    if why:
+        return {}, why
+    epochs = asked or Epochs()
+    candidates = epochs.candidates or max(FEWEST_CANDIDATES, 2 * (config.workers.local or config.workers.ray or 1))
+    evaluations = config.budget.evaluations
+    return {"known": known, "evaluations": evaluations, "share": epochs.share, "candidates": candidates}, ""
+
+
+def _epochs_text(epochs: Mapping[str, Any]) -> str:
+    """For people: what `choose_epochs` chose."""
+    return f"{epochs['candidates']} candidates each, from {share_text(epochs['share'])} of the items" if epochs else ""
+
+
+def _incomparable(objectives: Sequence[Objective]) -> str:
+    """Why a part of the items does not tell who is better, or nothing."""
     for o in objectives:
         if not o.partial:
-            return (), f"{o.name} has no score for a part of its items, so nothing short of all shows who is beaten"
+            return f"{o.name} has no score for a part of its items, so nothing short of all shows who is beaten"
         if not additive(lambda items, o=o: o.aggregate(items).value):  # type: ignore[misc]
-            return (), f"{o.name} is no mean of its items, so candidates cannot be compared item by item"
-        if config.fidelity is None and o.size("search") < WORTH_ITEMS:
-            return (), f"{o.name} has {o.size('search')} search items, fewer than {WORTH_ITEMS}"
-    return config.fidelity or RUNGS, ""
+            return f"{o.name} is no mean of its items, so candidates cannot be compared item by item"
+    return ""
+
+
+def _too_few(objectives: Sequence[Objective], least: int) -> str:
+    for o in objectives:
+        if o.size("search") < least:
+            return f"{o.name} has {o.size('search')} search items, fewer than {least}"
+    return ""
 
 
 def _storage_problems(config: StudyConfig) -> list[Problem]:
@@ -332,6 +373,7 @@ def _header(
     objectives: list[Objective],
     worker: WorkerSpec,
     rungs: tuple[float, ...],
+    epochs: dict[str, Any],
 ) -> Header:
     identity = {
         "base": config.base,
@@ -345,9 +387,11 @@ def _header(
     }
     if config.constraints:
         identity["constraints"] = list(config.constraints)
-    if config.fidelity is not None:
-        # What evomerge chose by itself is kept in the header, not compared: studies from before rungs open too.
-        identity["fidelity"] = list(config.fidelity)
+    # What evomerge chose by itself is kept in the header, not compared: studies from before rungs open too.
+    if config.fidelity.rungs is not None:
+        identity["fidelity"] = list(config.fidelity.rungs)
+    if config.fidelity.epochs is not None and config.fidelity.rungs != ():
+        identity["epochs"] = vars(config.fidelity.epochs) if config.fidelity.epochs else "off"
     versions = {name: version(name) for name in LIBRARIES}
     versions["python"] = platform.python_version()
     study_file = {
@@ -358,7 +402,7 @@ def _header(
     }
     directions = {o.name: o.maximize for o in objectives}
     count = config.workers.local or config.workers.ray or 1
-    return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs))
+    return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs), epochs)
 
 
 def _summary(

@@ -12,11 +12,11 @@ import numpy as np
 
 from evomerge.commands import say
 from evomerge.errors import ConfigError, EnvironmentProblem
-from evomerge.fidelity import Race
 from evomerge.intervals import Z95, Interval, interval
 from evomerge.objectives import make_objective
 from evomerge.optimum import optimum
 from evomerge.picking import Pick, floors_of_pick
+from evomerge.racing import Race
 from evomerge.recipe import Recipe
 from evomerge.rescore import Scorer, floors_of, study_config
 from evomerge.search import oriented

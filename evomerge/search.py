@@ -192,7 +192,7 @@ class Search:
         """Evaluate a recorded candidate, unless an equal recipe has been or is being evaluated."""
         self._labels[number] = label
         fingerprint = recipe.fingerprint
-        to_the_end = number < len(self.known) or number in self._sources
+        to_the_end = self._to_the_end(number)
         earlier = self._history.finished.get(fingerprint)
         if earlier is not None and not (to_the_end and earlier.state == "stopped"):
             self._copy(number, earlier)
@@ -204,9 +204,13 @@ class Search:
         if twin is not None:
             self._waiting.setdefault(twin, []).append(number)
             return
-        race = self._history.rivals.race(to_the_end=to_the_end)
+        race = self._history.race(number, to_the_end=to_the_end)
         # The first candidate is scored twice: whether scores repeat is worth knowing before they are compared.
         self._workers().submit(Job(number, recipe, race=race, batch_tokens=self._batch_tokens, twice=number == 0))
+
+    def _to_the_end(self, number: int) -> bool:
+        """Whether a candidate is scored in full whatever comes: known recipes and recommended ones are."""
+        return number < len(self.known) or number in self._sources
 
     # ---------------------------------------------------------------- back
 
@@ -220,7 +224,8 @@ class Search:
                     self._notes.add(note)
                     self.on_note(note)
             self._batch_tokens = min(result.batch_tokens, self._batch_tokens or result.batch_tokens)
-            self._close(number, result.scores, result.attrs, result.stopped)
+            attrs = self._history.attrs(result, to_the_end=self._to_the_end(number))
+            self._close(number, self._history.refined(result), attrs, result.stopped)
         else:
             self._close_failed(number, result.reason, result.message)
         del self._in_flight[number]

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from evomerge import faults
-from evomerge.fidelity import Race, Rival, Stopped, count_at, estimate, item_order, new_items
+from evomerge.fidelity import Stopped, count_at, item_order, new_items
 from evomerge.intervals import Spread, spread
 from evomerge.methods import Tables
 from evomerge.model import LiveModel
 from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
 from evomerge.objectives._references import observe_references
+from evomerge.racing import Race, Rival, estimate
 from evomerge.recipe import Recipe
 from evomerge.residency import Memory, settle
 from evomerge.weights import Checkpoint, Weights
@@ -274,10 +275,12 @@ def score_in_rungs(
         if share < 1.0:
             counts = [count_at(n, share) for n in sizes]
             seen = [whole[order[:n]] for whole, order, n in zip(items, orders, counts, strict=True)]
-            rival = race.verdict(seen, sizes)
-            if rival is not None:
+            verdict = race.verdict(seen, sizes, share)
+            if verdict is not None:
+                rival = verdict.rival
                 parts = {o.name: np.sort(order[:n]) for o, order, n in zip(objectives, orders, counts, strict=True)}
-                return _estimates(objectives, items, seen, parts, rival), Stopped(share, rival.number, parts)
+                stopped = Stopped(share, rival.number, parts, verdict.rule)
+                return _estimates(objectives, items, seen, parts, rival), stopped
     return {o.name: o.aggregate(whole) for o, whole in zip(objectives, items, strict=True)}, None
 
 

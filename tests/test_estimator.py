@@ -23,7 +23,7 @@ def world(rng: np.random.Generator, candidates: int, noise: float = 0.1, n: int 
 
 
 def trials(seen: int, noise: float) -> np.ndarray:
-    """Per trial (200, 4): errors of the plain mean and of the estimate; standard errors of what is unseen, and of all."""
+    """Per trial (4, 200): errors of the plain mean and the estimate; standard errors of what is unseen and of all."""
     rows = []
     for seed in range(4):
         rng = np.random.default_rng([seed, seen])

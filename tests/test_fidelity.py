@@ -10,56 +10,32 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from scipy import stats
 
-from evomerge import fidelity
 from evomerge.commands import find_study, run_search, status_of
 from evomerge.config import parse_study
 from evomerge.errors import ConfigError, StudyConflict
 from evomerge.fidelity import (
-    MOST_BYTES,
-    MOST_RIVALS,
-    RISK,
     RUNGS,
-    Race,
-    Rival,
-    Rivals,
+    SHARE,
+    Epochs,
+    Fidelity,
     additive,
     count_at,
-    estimate,
     item_order,
     new_items,
-    p_not_beaten,
-    read_rungs,
+    read_fidelity,
     share_text,
 )
 from evomerge.objectives import mean_scores
 from evomerge.prepare import open_study, prepare
+from evomerge.racing import Race
 from evomerge.rescore import front_of
 from evomerge.study import Study
 from evomerge.worker import Job, Worker
 from tests.conftest import STUDY, study_rows
 from tests.faults.test_kills import run_forked
 
-N = 240
 URL = "sqlite:///runs/tiny/ledger.db"
-
-
-def rival_of(number: int, *columns: np.ndarray) -> Rival:
-    """A rival whose items are in the study's order already."""
-    scales = tuple(float(c[:, 1].mean()) if c.ndim == 2 else 1.0 for c in columns)
-    plain = [c[:, 0] / s if c.ndim == 2 else c for c, s in zip(columns, scales, strict=True)]
-    values, spreads = tuple(float(p.mean()) for p in plain), tuple(float(p.std()) for p in plain)
-    return Rival(number, columns, values, scales, spreads)
-
-
-def stopped_at(mine: np.ndarray, theirs: np.ndarray, rungs: tuple[float, ...] = RUNGS) -> float | None:
-    """The share at which a candidate is stopped on full data, or None."""
-    race = Race(0, rungs, (rival_of(7, theirs),), (True,))
-    for share in rungs[:-1]:
-        if race.verdict([mine[: count_at(len(mine), share)]], [len(mine)]):
-            return share
-    return None
 
 
 # ---------------------------------------------------------------- order and rungs
@@ -85,18 +61,25 @@ def test_rungs_add_up_to_all_items_once(n: int) -> None:
 @pytest.mark.parametrize(
     "value", [None, True, "on", [0.5, 1], {}, {"rungs": []}, {"rungs": [0.5, 0.25, 1]}, {"rungs": [0.5]},
               {"rungs": [0, 1]}, {"rungs": [0.5, 1.5]}, {"rungs": [0.5, 0.5, 1]}, {"rungs": ["half", 1]},
-              {"rungs": [True]}, {"rungs": [0.5, 1], "risk": 1}]
+              {"rungs": [True]}, {"rungs": [0.5, 1], "risk": 1}, {"epochs": "on"}, {"epochs": {"share": 1}},
+              {"epochs": {"share": True}}, {"epochs": {"share": 0}}, {"epochs": {"candidates": 1}},
+              {"epochs": {"candidates": 9.5}}, {"epochs": {"length": 9}}, {"rungs": [0.5, 1], "epochs": None}]
 )  # fmt: skip
 def test_what_is_no_list_of_rungs_is_refused(value: object) -> None:
     with pytest.raises(ValueError):
-        read_rungs(value)
+        read_fidelity(value)
     text = STUDY.replace("seed: 3", f"fidelity: {json.dumps(value)}\nseed: 3")
     with pytest.raises(ConfigError, match=r"s\.yaml:19: `fidelity`: .*, not "):
         parse_study(text, "s.yaml")
 
 
 def test_rungs_are_read() -> None:
-    assert read_rungs("off") == () and read_rungs({"rungs": [0.25, 1]}) == (0.25, 1.0)
+    assert read_fidelity("off") == Fidelity((), False)
+    assert read_fidelity({"rungs": [0.25, 1]}) == Fidelity((0.25, 1.0), None)
+    assert read_fidelity({"epochs": "off"}) == Fidelity(None, False)
+    assert read_fidelity({"epochs": {}}) == Fidelity(None, Epochs(SHARE, None))
+    both = {"rungs": [1], "epochs": {"share": 0.5, "candidates": 20}}
+    assert read_fidelity(both) == Fidelity((1.0,), Epochs(0.5, 20))
     assert [share_text(s) for s in (*RUNGS, 0.3, 0.1234)] == ["1/8", "1/4", "1/2", "1", "3/10", "12.3 %"]
 
 
@@ -105,154 +88,6 @@ def test_only_means_and_ratios_are_compared_item_by_item() -> None:
     assert additive(lambda items: items[:, 0].sum() / items[:, 1].sum())
     assert not additive(lambda items: float(np.exp(-items.mean())))
     assert not additive(lambda items: float(items[:, 0].mean()))
-
-
-# ---------------------------------------------------------------- the test
-
-
-def test_the_exact_test_is_the_worst_case_over_what_was_not_seen() -> None:
-    for n, size, wins, losses in ((40, 80, 2, 11), (30, 120, 0, 8), (20, 21, 1, 9), (16, 64, 0, 16)):
-        gain = np.repeat([1.0, -1.0, 0.0], [wins, losses, n - wins - losses])
-        m = wins + losses
-        worst = max(
-            stats.hypergeom.cdf(wins, total, good, m)
-            for total in range(m, m + size - n + 1)
-            for good in range(-(-total // 2), total + 1)
-        )
-        assert p_not_beaten(gain, size) == pytest.approx(worst, rel=1e-9)
-        assert p_not_beaten(gain, size) <= stats.binom.cdf(wins, m, 0.5), "at most the sign test's"
-        assert p_not_beaten(gain / 3, size) == p_not_beaten(gain, size), "the unit does not matter"
-
-
-def test_ties_gains_and_single_items_are_never_beaten() -> None:
-    for gain in (np.zeros(50), np.ones(50), np.r_[np.ones(25), -np.ones(25)], np.array([-1.0]), np.empty(0)):
-        assert p_not_beaten(gain, 100) == 1.0
-
-
-def test_a_clear_loser_is_stopped_at_once_and_a_winner_never() -> None:
-    rng = np.random.default_rng(0)
-    good = (rng.random(N) < 0.9).astype(float)
-    bad = (rng.random(N) < 0.1).astype(float)
-    assert stopped_at(bad, good) == 0.125
-    assert stopped_at(good, bad) is None and stopped_at(good, good) is None
-
-
-def test_a_tiny_difference_is_never_stopped_however_certain() -> None:
-    theirs = np.random.default_rng(1).normal(size=5000)
-    assert stopped_at(theirs - 0.01, theirs) is None
-    assert stopped_at(theirs - 0.05, theirs) == 0.125
-
-
-def test_too_few_items_give_no_verdict() -> None:
-    assert stopped_at(np.zeros(24), np.ones(24), (0.625, 1.0)) is None  # 15 items
-    assert stopped_at(np.zeros(32), np.ones(32), (0.5, 1.0)) == 0.5  # 16
-
-
-def test_one_rival_must_be_better_in_every_objective() -> None:
-    rng = np.random.default_rng(2)
-    high, low = (rng.random(N) < 0.9).astype(float), (rng.random(N) < 0.3).astype(float)
-    half = N // 2
-    race = Race(0, (0.5, 1.0), (rival_of(4, high, low), rival_of(5, low, high)), (True, True))
-    assert race.verdict([low[:half][::-1], low[:half][::-1]], [N, N]) is None, "each rival is better in one only"
-    both = Race(0, (0.5, 1.0), (rival_of(4, high, low), rival_of(6, high, high)), (True, True))
-    beaten_by = both.verdict([low[:half], low[:half]], [N, N])
-    assert beaten_by is not None and beaten_by.number == 6
-    nearly = high[:half].copy()
-    nearly[np.flatnonzero(nearly)[:4]] = 0.0
-    assert both.verdict([low[:half], nearly], [N, N]) is None, "worse in the second, but who knows"
-    down = Race(0, (0.5, 1.0), (rival_of(6, high, high),), (True, False))
-    assert down.verdict([low[:half], low[:half]], [N, N]) is None, "smaller is better in the second"
-    assert down.verdict([low[:half], 2 - high[:half]], [N, N]) is not None
-
-
-def test_ratios_are_compared_where_the_denominators_agree() -> None:
-    rng = np.random.default_rng(3)
-    size = rng.integers(20, 200, N).astype(float)
-    theirs = np.stack([2.0 * size * rng.uniform(0.9, 1.1, N), size], axis=1)
-    mine = theirs * [1.2, 1.0]
-    race = Race(0, (0.5, 1.0), (rival_of(1, theirs),), (False,))
-    assert race.verdict([mine[: N // 2]], [N]) is not None
-    assert race.verdict([mine[: N // 2] + np.array([0.0, 1.0])], [N]) is None
-    assert race.verdict([np.where(np.arange(N // 2)[:, None] == 7, np.nan, mine[: N // 2])], [N]) is None
-
-
-@pytest.mark.parametrize("kind", ["0/1", "skewed", "near ties"])
-def test_the_better_of_two_is_stopped_in_at_most_the_stated_share(kind: str) -> None:
-    """The hardest case for the rule: a candidate that is exactly as good as its rival over the whole split."""
-    rng = np.random.default_rng(11)
-    wrong, trials = 0, 3000
-    for _ in range(trials):
-        theirs = (rng.random(N) < 0.6).astype(float)
-        if kind == "0/1":
-            mine = rng.permutation(theirs)
-        elif kind == "skewed":  # the candidate's advantage lies in a fifth of the items
-            gain = np.where(rng.random(N) < 0.2, rng.exponential(4.0, N), -rng.exponential(1.0, N))
-            mine = theirs + gain - gain.mean()
-        else:
-            mine = theirs.copy()
-            mine[rng.choice(N, 12, replace=False)] += np.repeat([1.0, -1.0], 6)
-        wrong += stopped_at(mine, theirs) is not None
-    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
-
-
-def test_the_estimate_takes_away_what_easy_items_add() -> None:
-    """All candidates that stop at a rung saw the same items: their plain means share one error, estimates do not."""
-    rng = np.random.default_rng(5)
-    plain, paired, errors = [], [], []
-    for _ in range(400):
-        ease = rng.normal(size=N)
-        theirs = ease + 0.1 * rng.normal(size=N)
-        mine = ease - 0.5 + 0.1 * rng.normal(size=N)
-        seen = mean_scores(mine[:30])
-        value, stderr = estimate(seen.value, seen.stderr, mine[:30], rival_of(1, theirs), 0, N)
-        plain.append(seen.value + 0.5)
-        paired.append(value + 0.5)
-        errors.append((stderr, mean_scores(mine).stderr))
-    assert np.std(paired) < 0.5 * np.std(plain)
-    mean_error, full_error = np.mean(errors, axis=0)
-    assert mean_error == pytest.approx(np.std(paired), rel=0.15), "the standard error is honest"
-    assert mean_error > full_error, "and wider than that of all items"
-
-
-# ---------------------------------------------------------------- rivals
-
-
-def test_rivals_are_the_incumbent_or_the_best_of_the_front_within_the_cap() -> None:
-    rng = np.random.default_rng(0)
-    loaded: list[int] = []
-
-    def load(number: int) -> list[np.ndarray]:
-        loaded.append(number)
-        return [rng.random(100)] * 2
-
-    single = Rivals(0, RUNGS, {"bits": False}, lambda number: [rng.random(100)])
-    for number, value in enumerate((3.0, 1.0, 2.0, 1.0)):
-        single.add(number, [value])
-    race = single.race(to_the_end=False)
-    assert race is not None and [r.number for r in race.rivals] == [1] and len(race.rivals[0].items[0]) == 50
-    known = single.race(to_the_end=True)
-    assert known is not None and known.rivals == () and known.rungs == RUNGS
-    assert Rivals(0, (), {"bits": False}, load).race(to_the_end=False) is None
-
-    several = Rivals(0, RUNGS, {"a": True, "b": True}, load)
-    for number, x in enumerate(np.linspace(0, 1, 30)):
-        several.add(number, [x, 1 - x**2])
-    several.add(99, [0.0, 0.0])
-    race = several.race(to_the_end=False)
-    assert race is not None and len(race.rivals) == MOST_RIVALS
-    assert 99 not in loaded and 0 not in loaded and 29 not in loaded, "the ends of the front dominate least"
-    seen = len(loaded)
-    several.race(to_the_end=False)
-    assert len(loaded) == seen, "items are read once"
-
-
-def test_what_travels_with_a_job_is_bounded() -> None:
-    n = 20_000
-    several = Rivals(0, RUNGS, {"a": True, "b": True}, lambda number: [np.zeros(n), np.zeros(n)])
-    for number in range(8):
-        several.add(number, [number, -number])
-    race = several.race(to_the_end=False)
-    assert race is not None and len(race.rivals) == MOST_BYTES // (2 * 8 * n // 2)
 
 
 # ---------------------------------------------------------------- searches that stop early
@@ -277,7 +112,7 @@ def texts(work: Path) -> Path:
 
 
 def search(*overrides: str, fault: str = "") -> int:
-    return run_forked(("optimizer=map", "budget.evaluations=22", *overrides), fault=fault)
+    return run_forked(("optimizer=random", "budget.evaluations=22", *overrides), fault=fault)
 
 
 def test_a_search_stops_beaten_candidates_and_says_so(texts: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -330,20 +165,31 @@ def _check_what_is_shown(study: Study, count: int, first: int, shown: str) -> No
     assert frame["share"].notna().sum() == count and frame.loc[first, "state"] == "stopped"
 
 
-def test_killed_and_resumed_with_rungs_equals_uninterrupted(texts: Path) -> None:
-    assert search() == 0
-    study = Study.load(URL, "tiny")
-    expected = study_rows(study), [study.partial_scores(c.number)[0]["text"].items.tolist() for c in stops(study)]
+EPOCHS = "fidelity={epochs: {share: 0.25, candidates: 4}}"
+
+
+@pytest.mark.parametrize("chosen", ["fidelity={rungs: [0.125, 0.25, 0.5, 1]}", EPOCHS], ids=["rungs", "epochs"])
+def test_killed_and_resumed_with_rungs_equals_uninterrupted(texts: Path, chosen: str) -> None:
+    assert search(chosen) == 0
+    expected = record_of(Study.load(URL, "tiny"))
+    last = expected[1][-1][0]
     assert len(expected[1]) >= 2
-    last = stops(study)[-1].number
     os.rename("runs", "first")
-    assert search(fault=f"telling:{last - 2}") != 0
-    assert search(fault="scoring:3") != 0  # inside a candidate, between two rungs
-    assert search(fault="finishing:2") != 0
-    assert search() == 0
-    study = Study.load(URL, "tiny")
-    found = study_rows(study), [study.partial_scores(c.number)[0]["text"].items.tolist() for c in stops(study)]
-    assert found == expected
+    assert search(chosen, fault=f"telling:{last - 2}") != 0
+    assert search(chosen, fault="scoring:3") != 0  # inside a candidate, between two rungs
+    assert search(chosen, fault="finishing:2") != 0
+    assert search(chosen) == 0
+    assert record_of(Study.load(URL, "tiny")) == expected
+
+
+def record_of(study: Study) -> tuple[Any, list[Any]]:
+    """All rows, and of each stopped candidate its estimate, its epoch and the items that were scored."""
+    stopped = []
+    for c in stops(study):
+        scores, where = study.partial_scores(c.number)
+        items, positions = scores["text"].items.tolist(), where.positions["text"].tolist()
+        stopped.append((c.number, c.estimate, c.estimate_stderr, c.stopped, c.attrs.get("epoch"), items, positions))
+    return study_rows(study), stopped
 
 
 def stops(study: Study) -> list[Any]:
@@ -390,7 +236,3 @@ def test_check_says_why_there_are_no_rungs(work: Path, monkeypatch: pytest.Monke
     whole = prepare(parse_study(text, "s", ("fidelity={rungs: [0.5, 1]}",)))
     assert whole.summary["rungs"].startswith("off: text has no score for a part of its items")
     assert "no candidate is stopped early: text" in str(whole.warnings[0]) and whole.header.rungs == []
-
-
-def test_the_risk_is_what_the_docstring_and_the_readme_say() -> None:
-    assert RISK == 0.01 and "at most `RISK` in all" in " ".join(str(fidelity.__doc__).split())
