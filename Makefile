@@ -9,7 +9,7 @@ MERGEKIT_VENV := .venv-mergekit
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity bench-overhead clean
+.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity bench-overhead bench-search clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,9 @@ bench-fidelity: $(STAMP)  ## what rungs save, and how often they lose the winner
 
 bench-overhead: $(STAMP)  ## time and memory of each optimizer's own work per candidate: BENCH="--optimizers tpe"
 	$(BIN)/python benchmarks/search_overhead.py $(BENCH)
+
+bench-search: $(STAMP)  ## true scores of searches at equal numbers of items, beside other tools' settings: BENCH=--small
+	$(BIN)/python benchmarks/search_efficiency.py --out runs/search-efficiency/results.json $(BENCH)
 
 clean:  ## remove the virtual environments and all studies
 	rm -rf $(VENV) $(MERGEKIT_VENV) $(filter-out runs/README.md,$(wildcard runs/*))

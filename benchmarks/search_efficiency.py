@@ -52,11 +52,12 @@ def main() -> None:
             for mode in options.modes:
                 for arm in options.arms:
                     key = f"{landscape}|{mode}|{arm}|{seed}"
-                    if not wanted(ARMS[arm], mode, seed) or store.has(key, options.evaluations):
+                    if not wanted(ARMS[arm], mode, seed) or store.has(key, options.evaluations, options.items):
                         continue
                     place = place or Place.of(landscape, seed, options.items)
                     say(f"{key} ...")
-                    store.add(key, one_run(arm, place, mode, seed, options.evaluations))
+                    row = one_run(arm, place, mode, seed, options.evaluations)
+                    store.add(key, row | {"items": options.items})
     store.save()
     print_report(store.rows, options.landscapes, options.arms, options.modes, options.seeds, options.evaluations)
 
@@ -185,9 +186,10 @@ class Store:
         self._file, self._saved_at = file, time.monotonic()
         self.rows: dict[str, Row] = json.loads(file.read_text()) if file is not None and file.exists() else {}
 
-    def has(self, key: str, evaluations: float) -> bool:
-        """Whether a run is known that went as far."""
-        return key in self.rows and self.rows[key]["evaluations"] >= evaluations
+    def has(self, key: str, evaluations: float, items: int) -> bool:
+        """Whether a run is known that went as far, on as many items."""
+        row = self.rows.get(key)
+        return row is not None and row["evaluations"] >= evaluations and row["items"] == items
 
     def add(self, key: str, row: Row) -> None:
         """Keep a run."""
