@@ -158,7 +158,7 @@ def _elite(values: Array, missing: Array, rng: np.random.Generator) -> NDArray[n
     if values.shape[1] == 1:
         good = good[np.argsort(-values[good, 0], kind="stable")]
     elif len(good) and values.shape[1] > VOLUME:
-        low, span = _frame(values[good], values)
+        low, span = _frame(values[good])
         rays = reference_directions(values.shape[1])
         rays = rays[rng.permutation(len(rays))[:ELITES]]
         good = good[np.unique(np.argmax(reach(values[good], low, span, rays), axis=0))]
@@ -189,7 +189,8 @@ def gain(hopeful: Array, reached: Array, rng: np.random.Generator) -> Array:
     if reached.shape[1] == 1:
         return np.asarray(np.maximum(hopeful[:, 0] - reached.max(), 0.0))
     front = reached[non_dominated(reached)]
-    low, span = _frame(front, reached)
+    # The front as it is predicted: the one reached may still be a single point, beside which nothing would count.
+    low, span = _frame(np.vstack([hopeful, front]))
     if reached.shape[1] > VOLUME:
         rays = reference_directions(reached.shape[1])
         best = np.maximum(reach(front, low, span, rays).max(axis=0), 0.0)
@@ -202,11 +203,9 @@ def gain(hopeful: Array, reached: Array, rng: np.random.Generator) -> Array:
     return gains
 
 
-def _frame(front: Array, values: Array) -> tuple[Array, Array]:
-    """Return the reference `(m,)` and the front's range: a tenth below the worst values, so the ends can grow.
-
-    Where the front has no range, that of all `values` stands in.
-    """
+def _frame(values: Array) -> tuple[Array, Array]:
+    """Return the reference `(m,)`, a tenth below the front's worst values so that its ends can grow, and its range."""
+    front = values[non_dominated(values)]
     span = np.ptp(front, axis=0)
     span = np.where(span > 0, span, np.ptp(values, axis=0) + 1e-12)
     return np.asarray(front.min(axis=0) - 0.1 * span), np.asarray(span)

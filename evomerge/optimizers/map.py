@@ -7,14 +7,15 @@ parallel workers do not repeat each other. With one objective the proposal is th
 uncertainty. Unlike MAP's released code, nothing is searched outside the box that the data cover.
 
 Rules, so that nobody has to guess:
-- design: until `design` results are in (default: 2 d + 3, or the full quadratic's coefficients + 2 if these are fewer;
+- design: until `design` results are in (default: d + 6, at most 20 or the full quadratic's coefficients + 2;
   `paper`: 30, 50, 60, 85, 100, 140, 250 for 2 to 8 coefficients), even numbers take the corner, axis and diagonal
   points that are not known yet, odd ones a Sobol sequence scrambled by the seed;
 - box: the bounding box of the evaluated points; a share `explore` of the proposals are Sobol points of that box;
 - constraints: the latest floors told; gains count by the probability that the floors are kept, and while nothing is
   predicted to keep them the predicted violation is minimised;
 - points that gave no result are not repeated, and lower the gains around them;
-- refits: with every result up to 100, then with every fiftieth part of the results more.
+- refits: with every result up to 150, then every fiftieth part of the results; above 200 coefficients (19 dimensions)
+  with every second or third result.
 
 Variants: `bayesian` takes the second half of the design where the surrogates fit badly; `nested` first merges the
 experts pair by pair (`_map_nested`, with `preferences`). Both go on as `quadratic` on all data.
@@ -43,10 +44,11 @@ from evomerge.optimizers._map_design import BINS, PAPER, residual_point, sobol, 
 from evomerge.optimizers._map_front import Box, near, propose
 from evomerge.optimizers._map_nested import Nested
 from evomerge.optimum import optimum
-from evomerge.surrogate import Quadratic, fit, n_terms
+from evomerge.surrogate import Quadratic, fit, n_terms, terms_for
 
 VARIANTS = ("quadratic", "bayesian", "nested")
 REFIT = 50
+COSTLY = 100  # coefficients: a fit of 325 takes as long as three proposals
 ENUMERABLE = 100_000  # points of a discrete cube up to which its end is noticed
 RECOMMENDED = 4
 
@@ -77,6 +79,7 @@ class MapSearch:
         self._explore, self._optimism = explore, optimism
         self._design = _design_size(design, dim)
         self._cells = np.asarray(facts.cells, dtype=np.intp)
+        self._terms = n_terms(dim, terms_for(dim))
         self._whole = Box(np.zeros(dim), np.ones(dim), self._cells)
         self._zero = np.zeros(dim) if facts.zero is None else facts.zero.copy()
         self._stars = self._whole.snap(stars(start))
@@ -113,7 +116,7 @@ class MapSearch:
         for store, item in zip((self._x, self._values, self._stderr), (x, values, stderr), strict=True):
             store[row : row + 1] = [item]
         self._events += 1
-        if self._events % max(1, self._events // REFIT) == 0 or self._events <= 2 * REFIT:
+        if self._events % max(1, self._events // REFIT - 1, self._terms // COSTLY) == 0 or self._data is None:
             self._data = np.array(self._x), np.array(self._values), np.array(self._stderr)
             self._models = None
 
@@ -184,12 +187,13 @@ class MapSearch:
             j = number % len(self._goals)
             assert self._data is not None
             x, values, _ = self._data
-            return self._whole.snap(residual_point(self._fit()[j], x, values[:, j], self._zero, rng)[None])[0]
+            point = residual_point(self._fit()[j], x, values[:, j], self._zero, rng)
+            return np.array(self._whole.snap(point[None])[0])
         if number % 2 == 0:
             fresh = np.flatnonzero(~near(self._stars, taken))
             if len(fresh):
                 return np.array(self._stars[fresh[0]])
-        return self._whole.snap(sobol(self._dim, self._seed, number)[None])[0]
+        return np.array(self._whole.snap(sobol(self._dim, self._seed, number)[None])[0])
 
     def _new(self, point: Array, taken: Array, number: int) -> Array:
         """Return the point, or an untried one in its stead if the cube consists of cells and it is known."""
@@ -208,7 +212,7 @@ class MapSearch:
 
 def _design_size(design: int | str | None, dim: int) -> int:
     if design is None:
-        return min(n_terms(dim, "full") + 2, 2 * dim + 3)
+        return min(n_terms(dim, "full") + 2, dim + 6, 20)
     if design != "paper":
         check_number("design", design, 2, whole=True)
         return int(design)
