@@ -134,7 +134,7 @@ def status(study: Where, storage: Storage = None, study_name: StudyName = None, 
 @app.command(
     epilog=_examples(
         "evomerge front runs/demo",
-        "evomerge front runs/demo --prefer zoo_math=0.7,zoo_latin=0.3 --at-least zoo_cross=0.2",
+        "evomerge front runs/demo --prefer math=0.7,latin=0.3 --at-least cross=0.2",
         "evomerge front runs/demo --split test -f csv > front.csv",
     )
 )
@@ -173,8 +173,8 @@ def front(
 
 @app.command(
     epilog=_examples(
-        "evomerge propose runs/demo --prefer zoo_math=0.7,zoo_latin=0.3",
-        "evomerge propose runs/demo --prefer zoo_math=1 --at-least zoo_latin=0.4",
+        "evomerge propose runs/demo --prefer math=0.7,latin=0.3",
+        "evomerge propose runs/demo --prefer math=1 --at-least latin=0.4",
     )
 )
 def propose(

@@ -114,6 +114,27 @@ def none_feasible(study: Study, candidates: Sequence[Candidate]) -> str | None:
     )
 
 
+def broken_limits(study: Study, candidates: Sequence[Candidate], chosen: Candidate, split: str) -> list[str]:
+    """Constraints that a candidate misses on a further split, as far as its and the references' scores are stored."""
+
+    def values(number: int) -> list[float] | None:
+        scores = study.scores(number, split)
+        return None if scores is None else [scores[name].value for name in study.header.objectives]
+
+    own = values(chosen.number)
+    limits = constraints_of(study)
+    if own is None or not limits:
+        return []
+    known = {c.label: found for c in eligible(candidates) if c.label and (found := values(c.number)) is not None}
+    ups = study.header.objectives
+    said = []
+    for limit in limits:
+        missed = shortfalls(oriented(own, list(ups.values())), floors([limit], ups, known)).max()
+        if missed > 0:
+            said.append(f"on the {split} split candidate {chosen.number} misses `{limit.text}` by {missed:.4f}")
+    return said
+
+
 # -------------------------------------------------------------------- front and merit
 
 

@@ -22,6 +22,7 @@ from evomerge.picking import Pick, could_be_on_front, hypervolume_line, membersh
 from evomerge.rescore import (
     Scorer,
     baselines,
+    broken_limits,
     feasible,
     front_of,
     nearest,
@@ -134,7 +135,8 @@ def _compared(scorer: Scorer, candidates: list[Candidate], chosen: Candidate, sp
     failures: dict[int, str] = {}
     for split in splits:
         scorer.score([chosen, *against.values()], split, failures=failures)
-    for message in failures.values():
+    broken = [said for split in splits if split != "search" for said in broken_limits(study, candidates, chosen, split)]
+    for message in (*failures.values(), *broken):
         say(f"note: {message}")
     return report(study, candidates, chosen)
 

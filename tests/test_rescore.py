@@ -11,6 +11,7 @@ from evomerge.objectives import Scores
 from evomerge.rescore import (
     baselines,
     best_known,
+    broken_limits,
     eligible,
     feasible,
     floors_of,
@@ -117,3 +118,16 @@ def test_a_limit_without_its_reference_is_remarked_on() -> None:
     assert remarks(study, study.candidates()) == [
         "the constraint `acc >= base` has no effect: its reference has no scores"
     ]
+
+
+def test_limits_that_are_missed_on_fresh_items_are_told() -> None:
+    identity = {"constraints": ["acc >= base", "acc >= 0.6", "acc >= red"], "experts": {"red": "red"}}
+    study = study_of([right(100), right(110), right(150)], [right(140), None, right(110)],
+                     labels={0: "base", 1: "red"}, identity=identity)  # fmt: skip
+    candidates = study.candidates()
+    # 0.55 against 0.7 of the base; the red one is not scored there.
+    assert broken_limits(study, candidates, candidates[2], "validation") == [
+        "on the validation split candidate 2 misses `acc >= base` by 0.1500",
+        "on the validation split candidate 2 misses `acc >= 0.6` by 0.0500",
+    ]
+    assert broken_limits(study, candidates, candidates[2], "test") == []
