@@ -4,7 +4,7 @@ Bergstra et al. 2011; several objectives as in Ozaki et al. 2022. It models all 
 (multivariate), sees the newest `window` results, and treats pending points as bad ones (constant liar). Results that
 miss a floor count as bad while there are good ones (Optuna's constrained TPE). An ask takes about 2 microseconds
 per coordinate of the window and of the pending points, so the default window shrinks with the dimension:
-500 results up to 32 dimensions, 16,000 / d above. A long search of a large space forgets its oldest results.
+500 results up to 24 dimensions, 12,000 / d above. A long search of a large space forgets its oldest results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from evomerge.optimizers._core import Array, Goal, Result, check_number, rng_for
 from evomerge.optimizers._optuna import Rows, asked, cube, finished, point, quiet, running, seed_for, study
 
 WINDOW = 500
-COORDINATES = 16_000  # of the default window: what an ask has time for
+COORDINATES = 12_000  # of the default window: what an ask has time for
 
 
 class Tpe:
