@@ -1,20 +1,21 @@
-"""Rungs on the demo zoo: is the best candidate ever discarded, and what is saved?
+"""Rungs and epochs: is the best candidate ever discarded, and what is saved?
 
-    python benchmarks/fidelity.py                # both parts; the first run scores some hundred merges (minutes)
+    python benchmarks/fidelity.py                # on the demo zoo; the first run scores some hundred merges (minutes)
     python benchmarks/fidelity.py --part safety
-    python benchmarks/fidelity.py --small        # seconds, on made-up items: does it run?
+    python benchmarks/fidelity.py --simulated    # on made-up items, another landscape for each seed
+    python benchmarks/fidelity.py --small        # seconds, few made-up items: does it run?
 
-All scores are real ones of the demo zoo (see _zoo_landscape.py), with the engine's own rule, order of items, rivals and
-estimates; only the database and the merging of a candidate are left out.
+Scores are real ones of the demo zoo (see _zoo_landscape.py) or made up, with the engine's own rules, order of items,
+rivals and estimates; only the database and the merging of a candidate are left out.
 
 * safety: full per-item scores of merges drawn from a grid of weights. Each replayed study resamples the items of every
   task (with replacement), draws candidates, puts them in random order, and runs them through the rungs; none is a
   known recipe, so all but the first can be stopped. The true winner is the one that is best when all candidates
   are scored in full. The bound is the exact (Clopper-Pearson) upper end of the one-sided 95 % interval.
-* saving: whole searches with rungs and without, with the same seeds and numbers of candidates. A proposal has the
-  scores of the nearest merge in the table; two that share one are scored twice, as two recipes would be. The winner
-  (best mean over objectives, each scaled to its range over the front, on the search split) is scored on the test
-  split; differences are paired by seed, with Student's 95 % interval.
+* saving: whole searches with the same seeds and numbers of candidates: all items for all, rungs, and rungs with epochs.
+  A proposal has the scores of the nearest merge in the table; two that share one are scored twice, as two recipes would
+  be. The winner (best mean over objectives, each scaled to its range over the front, on the search split) is scored
+  on the test split; differences are paired by seed, with Student's 95 % interval.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from _zoo_landscape import LEVELS, Landscape, Point, grid_point  # noqa: E402
+from _zoo_landscape import LEVELS, STEP, Landscape, Point, grid_point  # noqa: E402
 
 TARGET_DISCARDED, TARGET_BOUND, TARGET_SAVING = 0.01, 0.02, 3.0
 # The known recipes that are task arithmetic: base, experts, uniform soup, three common scales.
@@ -76,15 +77,23 @@ class TableObjective:
 
 
 class MadeUp:
-    """A stand-in for the zoo's table, for --small: items by a random quadratic in the weights."""
+    """A stand-in for the zoo's table: an item is right near its own point of the weights, which is near its task's.
 
-    def __init__(self, n: int = 64) -> None:
-        rng = np.random.default_rng(0)
-        self._peak, self._hardness = rng.uniform(0.2, 0.9, (4, 1, 3)), rng.normal(0.0, 0.4, (4, n))
+    Args:
+        n: items per task.
+        seed: of the tasks.
+        split: another split has other items of the same tasks.
+    """
+
+    def __init__(self, n: int, seed: int = 0, split: int = 0) -> None:
+        peaks = np.random.default_rng([seed, 5]).uniform(0.2, 1.0, (4, 1, 3))
+        rng = np.random.default_rng([seed, 6, split])
+        self._peaks = peaks + rng.normal(0.0, 0.25, (4, n, 3))
+        self._narrow, self._ease = rng.uniform(0.5, 2.5, (4, n, 3)), rng.normal(0.6, 0.6, (4, n))
 
     def items(self, point: Point) -> np.ndarray:
-        distance = ((np.array(point) / (LEVELS - 1) - self._peak) ** 2).sum(axis=2)
-        return (0.5 - 2 * distance > self._hardness).astype(np.uint8)
+        weights = np.array(point) * STEP
+        return (((weights - self._peaks) ** 2 * self._narrow).sum(axis=2) < self._ease).astype(np.uint8)
 
     def nearest(self, weights: np.ndarray) -> Point:
         return grid_point(weights)
@@ -119,7 +128,8 @@ class Safety:
 
 def safety(setting: str, full: np.ndarray, studies: int, candidates: int) -> Safety:
     """Replay studies on full scores. full: (merges, objectives, items)."""
-    from evomerge.fidelity import RUNGS, Rivals, count_at, item_order
+    from evomerge.fidelity import RUNGS, Part, count_at, item_order
+    from evomerge.racing import Rivals
 
     n_objectives, n = full.shape[1:]
     found = Safety(setting, studies, candidates)
@@ -129,11 +139,11 @@ def safety(setting: str, full: np.ndarray, studies: int, candidates: int) -> Saf
         chosen = full[rng.choice(len(full), candidates, replace=False)]
         data = np.stack([chosen[:, j, rng.integers(0, n, n)] for j in range(n_objectives)], axis=1).astype(np.float64)
         orders = [item_order(study, name, n) for name in ups]
-        rivals = Rivals(study, RUNGS, ups, lambda number, data=data: list(data[number]))  # type: ignore[misc]
+        rivals = Rivals(ups, lambda number, data=data: list(data[number]))  # type: ignore[misc]
+        part = Part(study, RUNGS)
         stopped = np.zeros(candidates, dtype=bool)
         for number in range(candidates):
-            race = rivals.race(to_the_end=False)
-            assert race is not None
+            race = rivals.race(part)
             used = 1.0
             for share in RUNGS[:-1]:
                 count = count_at(n, share)
@@ -179,71 +189,89 @@ class Run:
     stopped: int
 
 
-def search(
-    tasks: Objectives, optimizer_name: str, table: Any, seed: int, candidates: int, rungs: tuple[float, ...]
-) -> Run:
-    """The engine's loop without its database: ask, score in rungs, tell."""
-    from evomerge.fidelity import Rivals
+def search(tasks: Objectives, optimizer_name: str, table: Any, seed: int, candidates: int, arm: str) -> Run:
+    """The engine's loop without its database: ask, score in parts, estimate, tell."""
+    from evomerge.estimator import ItemMatrix
+    from evomerge.fidelity import RUNGS, SHARE, Schedule
     from evomerge.front import non_dominated
     from evomerge.optimizers import Goal, Result, make
+    from evomerge.racing import Rivals
     from evomerge.worker import score_in_rungs
 
     objectives = [TableObjective(own, table) for own in tasks]
     goals = [Goal(o.name, 0.0, 1.0) for o in objectives]
     optimizer = make(optimizer_name, 3, goals, seed, np.full(3, 0.25))
     items: dict[int, list[np.ndarray]] = {}
-    rivals = Rivals(seed, rungs, {o.name: True for o in objectives}, lambda number: items[number])
+    rivals, matrix = Rivals({o.name: True for o in objectives}, items.__getitem__), ItemMatrix(items.__getitem__)
+    epochs = {"known": len(KNOWN), "evaluations": candidates, "share": SHARE, "candidates": 16}
+    schedule = Schedule(seed, (1.0,) if arm == "all" else RUNGS, epochs if arm == "epochs" else {})
     full: list[tuple[Point, np.ndarray]] = []
     sizes: dict[tuple[str, str], int] = {}
     for number in range(candidates):
         x = np.array(KNOWN[number]) / HIGHEST if number < len(KNOWN) else optimizer.ask(number)
         point = grid_point(x * HIGHEST) if number < len(KNOWN) else table.nearest(x * HIGHEST)
-        race = rivals.race(to_the_end=number < len(KNOWN))
-        assert race is not None
+        part = schedule.part(number)
+        assert part is not None
+        race = rivals.race(part, to_the_end=number < len(KNOWN))
         scores, stopped = score_in_rungs(objectives, point, "search", race, sizes)  # type: ignore[arg-type]
-        values = np.array([scores[o.name].value for o in objectives])
+        found = [(scores[o.name].value, scores[o.name].stderr) for o in objectives]
+        for j, o in enumerate(objectives):
+            better = None if stopped is None else matrix.estimate(j, scores[o.name].items, stopped.positions[o.name])
+            if better is not None and better.stderr < found[j][1]:
+                found[j] = better.value, better.stderr
+        values, stderr = np.array(found).T
         if stopped is None:
             full.append((point, values))
             items[number] = [scores[o.name].items for o in objectives]
             rivals.add(number, values.tolist())
-        optimizer.tell(Result(number, x, values, np.array([scores[o.name].stderr for o in objectives])))
+            matrix.add(number)
+        optimizer.tell(Result(number, x, values, stderr))
     values = np.array([v for _, v in full])
     front = np.flatnonzero(non_dominated(values))
     winner = full[front[int(np.argmax(_merit(values[front])))]][0]
     return Run(sum(o.used for o in objectives), winner, candidates - len(full))
 
 
-def saving(setting: str, optimizer: str, table: Any, test: Any, seeds: int, candidates: int) -> dict[str, Any]:
-    """Both kinds of search over the seeds."""
-    from scipy.stats import t
+ARMS = ("all", "rungs", "epochs")
+Worlds = Callable[[int], tuple[Any, Any]]  # seed -> tables of the search split and of the test split
 
-    from evomerge.fidelity import RUNGS
+
+def saving(setting: str, optimizer: str, worlds: Worlds, seeds: int, candidates: int) -> list[dict[str, Any]]:
+    """Searches with rungs, and with rungs and epochs, beside those that score everything; over the seeds."""
+    from scipy.stats import t
 
     tasks = SETTINGS[setting]
     every = [k for own in tasks for k in own]
-    pairs = []
+    runs, tested = [], []
     for seed in range(seeds):
-        say(f"{setting}: seed {seed} of {seeds}")
-        pairs.append([search(tasks, optimizer, table, seed, candidates, rungs) for rungs in ((1.0,), RUNGS)])
-    scores = np.array([[test.items(run.winner)[every].mean() for run in pair] for pair in pairs])
-    used = np.array([[run.used for run in pair] for pair in pairs])
-    change = scores[:, 1] - scores[:, 0]
-    half = float(t.ppf(0.975, seeds - 1) * change.std(ddof=1) / np.sqrt(seeds))
-    return {
-        "setting": f"{setting}, {optimizer}",
-        "seeds": seeds,
-        "candidates": candidates,
-        "items_whole": float(used[:, 0].mean()),
-        "items_rungs": float(used[:, 1].mean()),
-        "saving": float(used[:, 0].sum() / used[:, 1].sum()),
-        "saving_range": [float(x) for x in np.percentile(used[:, 0] / used[:, 1], [0, 100])],
-        "test_whole": float(scores[:, 0].mean()),
-        "test_rungs": float(scores[:, 1].mean()),
-        "change": float(change.mean()),
-        "change_low": float(change.mean()) - half,
-        "change_high": float(change.mean()) + half,
-        "stopped": float(np.mean([pair[1].stopped for pair in pairs])),
-    }
+        say(f"{setting}, {optimizer}: seed {seed} of {seeds}")
+        table, test = worlds(seed)
+        runs.append([search(tasks, optimizer, table, seed, candidates, arm) for arm in ARMS])
+        tested.append([test.items(run.winner)[every].mean() for run in runs[-1]])
+    used = np.array([[run.used for run in row] for row in runs])
+    scores = np.array(tested)
+    rows = []
+    for k, arm in enumerate(ARMS[1:], start=1):
+        change = scores[:, k] - scores[:, 0]
+        half = float(t.ppf(0.975, seeds - 1) * change.std(ddof=1) / np.sqrt(seeds))
+        rows.append(
+            {
+                "setting": f"{setting}, {optimizer}, {arm}",
+                "seeds": seeds,
+                "candidates": candidates,
+                "items_whole": float(used[:, 0].mean()),
+                "items_rungs": float(used[:, k].mean()),
+                "saving": float(used[:, 0].sum() / used[:, k].sum()),
+                "saving_range": [float(x) for x in np.percentile(used[:, 0] / used[:, k], [0, 100])],
+                "test_whole": float(scores[:, 0].mean()),
+                "test_rungs": float(scores[:, k].mean()),
+                "change": float(change.mean()),
+                "change_low": float(change.mean()) - half,
+                "change_high": float(change.mean()) + half,
+                "stopped": float(np.mean([row[k].stopped for row in runs])),
+            }
+        )
+    return rows
 
 
 # ---------------------------------------------------------------- report
@@ -260,13 +288,13 @@ def print_report(about: dict[str, Any], safe: list[Safety], saved: list[dict[str
     if saved:
         _table(SAVING, [_saving_cells(row) for row in saved])
     if about["small"]:
-        print("\nMade-up items: the figures and the last column mean nothing.")
+        print("\nA few made-up items: the figures and the last column mean nothing.")
 
 
 SAFETY = ("safety", "studies x candidates", "true winner discarded", "upper 95 % bound", "stopped",
           "front members stopped", "items used", "met")  # fmt: skip
-SAVING = ("saving", "seeds x candidates", "items, all scored", "items, rungs", "times fewer (range)", "stopped",
-          "test, all scored", "test, rungs", "paired difference", "met")  # fmt: skip
+SAVING = ("saving", "seeds x candidates", "items, all scored", "items, stopping", "times fewer (range)", "stopped",
+          "test, all scored", "test, stopping", "paired difference", "met")  # fmt: skip
 
 
 def _safety_cells(row: dict[str, Any]) -> list[str]:
@@ -308,10 +336,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def main() -> None:
     options = read_options()
-    from evomerge.fidelity import RISK, RUNGS, share_text
+    from evomerge.fidelity import RUNGS, share_text
+    from evomerge.racing import RISK
 
-    table: Any = MadeUp() if options.small else Landscape(options.table, "search")
-    test: Any = MadeUp() if options.small else Landscape(options.table, "test", options.test_items)
+    made_up = options.small or options.simulated
+    n = 64 if options.small else 300
+    table: Any = MadeUp(n) if made_up else Landscape(options.table, "search")
+    test: Any = None if made_up else Landscape(options.table, "test", options.test_items)
+
+    def worlds(seed: int) -> tuple[Any, Any]:
+        return (MadeUp(n, seed), MadeUp(2000, seed, 1)) if made_up else (table, test)
+
     safe: list[Safety] = []
     saved: list[dict[str, Any]] = []
     if "safety" in options.part:
@@ -325,8 +360,8 @@ def main() -> None:
         table.fill(options.merges, say)
         for setting, tasks in SETTINGS.items():
             for optimizer in ("map" if len(tasks) > 1 else "cma_es", "random"):  # the engine's default, and none
-                saved.append(saving(setting, optimizer, table, test, options.seeds, options.candidates))
-        if not options.small:
+                saved += saving(setting, optimizer, worlds, options.seeds, options.candidates)
+        if not made_up:
             table.save()
             test.save()
     import scipy
@@ -351,15 +386,20 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=("safety", "saving"), default=["safety", "saving"])
-    parser.add_argument("--studies", type=int, default=1000, help="to replay")
-    parser.add_argument("--merges", type=int, default=225, help="in the table")
-    parser.add_argument("--candidates", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--studies", type=int, help="to replay; default 1000, or 10 with --small")
+    parser.add_argument("--merges", type=int, help="in the table; default 225, or 60 with --small")
+    parser.add_argument("--candidates", type=int, help="default 60, or 24 with --small")
+    parser.add_argument("--seeds", type=int, help="default 20, or 2 with --small")
     parser.add_argument("--test-items", type=int, default=500, help="per task")
     parser.add_argument("--table", type=Path, default=ROOT / "runs" / "fidelity-zoo", help="where scores are kept")
-    parser.add_argument("--small", action="store_true", help="made-up items: only shows that everything runs")
+    parser.add_argument("--small", action="store_true", help="few made-up items: only shows that everything runs")
+    parser.add_argument("--simulated", action="store_true", help="made-up items, as many as the zoo has")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, usual, small in (("studies", 1000, 10), ("merges", 225, 60), ("candidates", 60, 24), ("seeds", 20, 2)):
+        if getattr(options, name) is None:
+            setattr(options, name, small if options.small else usual)
+    return options
 
 
 def cpu_name() -> str:

@@ -94,7 +94,7 @@ def test_the_benchmark_of_rungs_runs() -> None:
     command += ["--studies", "4", "--seeds", "2", "--candidates", "14"]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     safe, saved = found["safety"], found["saving"]
-    assert len(saved) == 2 * len(safe), "two optimizers for each setting"
+    assert len(saved) == 4 * len(safe), "two optimizers for each setting, with and without epochs"
     assert all(row["studies"] == 4 and 0 <= row["share"] <= row["bound"] <= 1 for row in safe)
     assert safe[0]["stopped"] > 0 and safe[0]["items_used"] < 1
     single = saved[0]
