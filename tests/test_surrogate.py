@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from evomerge.surrogate import features, fit, n_terms, terms_for
+from evomerge.surrogate import features, fit, n_terms, posterior, terms_for
+from tests.landscapes import Landscape
 
 
 def quadratic(x: np.ndarray) -> np.ndarray:
@@ -105,3 +106,75 @@ def test_wrong_input_is_refused() -> None:
         fit(np.zeros((2, 2)), [1.0, np.nan])
     with pytest.raises(ValueError, match="stderr"):
         fit(np.zeros((2, 2)), [1.0, 2.0], [0.1])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_bound_gives_a_softplus_link_that_keeps_it(sign: float) -> None:
+    rng = np.random.default_rng(7)
+    x, test = rng.random((60, 3)), rng.random((200, 3))
+    truth = sign * np.logaddexp(0.0, 2 * quadratic(test))
+    bound = {"lower": 0.0} if sign > 0 else {"upper": 0.0}
+    model = fit(x, sign * np.logaddexp(0.0, 2 * quadratic(x)) + 0.01 * rng.standard_normal(60), **bound)
+    mean, sd = model.predict(test)
+    assert model.kind == "softplus" and (sd > 0).all()
+    assert (sign * mean >= 0).all() and (sign * model.predict(test * 9 - 4)[0] >= 0).all()
+    assert 1 - (mean - truth).var() / truth.var() > 0.97
+    better = model.hopeful(test, 1.0)
+    assert (better > mean).all()  # hope is upwards on either side
+
+
+def test_broken_candidates_do_not_hide_the_others() -> None:
+    rng = np.random.default_rng(8)
+    x, test = rng.random((60, 2)), rng.random((100, 2)) * 0.8
+    loss = 2 + 3 * ((x - 0.4) ** 2).sum(axis=1)
+    broken = loss.copy()
+    broken[x[:, 0] > 0.9] = 1e5
+    model = fit(x, -broken, upper=0.0)
+    truth = -(2 + 3 * ((test - 0.4) ** 2).sum(axis=1))
+    assert np.corrcoef(model.predict(test)[0], truth)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("terms", ["linear", "diagonal", "full"])
+@pytest.mark.parametrize("bounds", [(None, None), (0.0, 1.0), (0.0, None), (None, 2.0)])
+def test_the_gradient_is_that_of_the_prediction(terms: str, bounds: tuple[float | None, float | None]) -> None:
+    rng = np.random.default_rng(9)
+    x = rng.random((30, 3))
+    model = fit(x, expit(quadratic(x)), lower=bounds[0], upper=bounds[1], terms=terms)  # type: ignore[arg-type]
+    at, step = rng.random(3), 1e-5
+    numeric = [
+        (model.mean((at + step * e)[None]) - model.mean((at - step * e)[None]))[0] / (2 * step) for e in np.eye(3)
+    ]
+    assert model.gradient(at) == pytest.approx(np.array(numeric), abs=1e-6)
+
+
+def test_posterior_means_choose_better_than_scores() -> None:
+    raw, shrunk, inside = [], [], []
+    for seed in range(30):
+        land, rng = Landscape(4, 1, seed, items=100), np.random.default_rng([seed, 8])
+        x = np.clip(land.best[0] + rng.normal(0, 0.25, (60, 4)), 0, 1)
+        told = [land.score(number, point) for number, point in enumerate(x)]
+        values = np.array([r.values[0] for r in told if r.values is not None])
+        stderr = np.array([r.stderr[0] for r in told if r.stderr is not None])
+        truth = np.array([land.true(point)[0] for point in x])
+        mean, sd = posterior(x, values, stderr, 0.0, 1.0)
+        raw.append(truth[values.argmax()])
+        shrunk.append(truth[mean.argmax()])
+        inside.append(np.abs(mean - truth) < 1.96 * sd)
+    assert np.mean(shrunk) > np.mean(raw) + 0.005
+    assert 0.85 < np.mean(inside) < 1
+
+
+def test_a_posterior_needs_points_and_noise() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((40, 3)), rng.random(40)
+    for points, values, stderr in ((x[:9], y[:9], np.full(9, 0.1)), (x, y, None), (x, y, np.zeros(40))):
+        assert np.array_equal(posterior(points, values, stderr)[0], values)
+
+
+def test_a_precise_score_moves_less_than_a_noisy_one() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.random((40, 2))
+    y, stderr = expit(3 * x[:, 0]), np.full(40, 0.05)
+    y[:2], stderr[0] = 0.2, 0.001
+    moved = np.abs(posterior(x, y, stderr, 0.0, 1.0)[0] - y)
+    assert moved[0] < 0.02 and moved[1] > 5 * moved[0]
