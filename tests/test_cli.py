@@ -297,6 +297,34 @@ def test_constraints_that_nothing_meets_are_said_with_the_nearest(work: Path, ru
     assert {row["state"] for row in json.loads(run("front", "runs/tiny", "--all", "-f", "json")[1])} == {"infeasible"}
 
 
+def test_the_final_selection_scores_the_validation_split_in_rounds(
+    work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evomerge import rounds
+
+    assert run("search", "study.yaml", "--inline", "-q")[0] == 0
+    monkeypatch.setattr(rounds, "FEWEST", 1)  # this split has 10 items and 5 documents
+    code, _, err = run("export", "runs/tiny", "best", "--no-weights", "--inline")
+    assert code == 0 and "of them were scored in the rounds on validation" in err, err
+    study = Study.load(URL, "tiny")
+    held = {name: [n for n in range(14) if study.scores(n, name)] for name in rounds.NAMES}
+    first, half, whole = (held[name] for name in rounds.NAMES)
+    assert len(first) >= len(half) >= len(whole) >= 1
+    found = {name: study.scores(whole[0], name) for name in rounds.NAMES}
+    sizes = [[len(scores[o].items) for o in ("pick", "text")] for scores in found.values() if scores]
+    assert sizes == [[2, 1], [5, 2], [10, 5]]
+    Path("r.yaml").write_text(study.candidate(whole[0]).recipe.to_yaml())
+    plain = json.loads(run("eval", "r.yaml", "study.yaml", "--split", "validation", "-f", "json")[1])
+    for row in plain:
+        scores = found[rounds.WHOLE]
+        assert scores is not None and scores[row["objective"]].value == pytest.approx(row["value"], rel=1e-5)
+    status = json.loads(run("status", "runs/tiny", "-f", "json")[1])
+    assert "the best on validation" in status["winner"] and "in the rounds" in status["winner"]
+    again = run("front", "runs/tiny", "--split", "test", "--inline")[2]
+    winner = next(line for line in err.splitlines() if ": the winner" in line)
+    assert winner in again and status["winner"].startswith("#" + winner.split()[1].rstrip(":"))
+
+
 @pytest.mark.parametrize("fidelity", ["off", "{rungs: [0.5, 1]}"])
 def test_scores_that_do_not_repeat_are_reported_with_their_spread(work: Path, run: Run, fidelity: str) -> None:
     Path("dice.py").write_text("import random\n\ndef throw(m, t, items): return [random.randrange(6) for _ in items]\n")
