@@ -23,11 +23,11 @@ from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, WORTH_EPOCHS, WORTH_ITEMS, Epochs, additive, share_text
 from evomerge.model import Outline, check_architecture, check_siblings
 from evomerge.objectives import Fitted, Objective, make_objective
-from evomerge.optimizers import Facts, Goal, Optimizer, make
+from evomerge.optimizers import Goal, Optimizer, make
 from evomerge.recipe import Recipe
-from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, settle, show_bytes
+from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, show_bytes
 from evomerge.space import SearchSpace, known_recipes
-from evomerge.storage import hide_passwords, mask, sqlite_file
+from evomerge.storage import hide_passwords, sqlite_file
 from evomerge.study import Header, Study
 from evomerge.weights import Checkpoint, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
@@ -105,8 +105,9 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         lines = "".join(f"\n  - {p}" for p in broken)
         raise EnvironmentProblem(f"{len(broken)} problems with files of {config.source}:{lines}")
     worker = worker_spec(config)
-    plans = space.recipe(space.start()).plan(opened[BASE].names, opened[BASE].n_layers)
-    warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes", {})))
+    starts = [space.recipe(start) for start in space.starts()]
+    plans = [plan for recipe in starts for plan in recipe.plan(opened[BASE].names, opened[BASE].n_layers)]
+    warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes") or {}))
     fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
     known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
     most = config.budget.evaluations
@@ -128,7 +129,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         known=tuple(known),
         worker=worker,
         constraints=constraints,
-        summary=_summary(config, opened, objectives, space, worker, len(known), changes)
+        summary=summary_of(config, opened, objectives, space, worker, len(known), changes, _optimizer_name(config))
         | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"}
         | {"epochs": _epochs_text(epochs) or f"off{': ' if why_no_epochs else ''}{why_no_epochs}"},
         warnings=(*doubts, *(_placed(config, p) for p in warnings)),
@@ -278,7 +279,6 @@ def _optimizer_name(config: StudyConfig) -> str:
 
 def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Objective], workers: int) -> Optimizer:
     name = _optimizer_name(config)
-    options = dict(config.optimizer_options)
     goals = []
     for objective in objectives:
         lower, upper = objective.bounds
@@ -286,7 +286,8 @@ def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Obj
             lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
         goals.append(Goal(objective.name, lower, upper))
     start = space.encode(space.start())
-    return make(name, space.dim, goals, config.seed, start, options, Facts.plain(space.dim, workers))
+    facts = space.facts(workers, config.budget.evaluations)
+    return make(name, space.dim, goals, config.seed, start, config.optimizer_options, facts)
 
 
 def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Objective]) -> list[Problem]:
@@ -403,42 +404,3 @@ def _header(
     directions = {o.name: o.maximize for o in objectives}
     count = config.workers.local or config.workers.ray or 1
     return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs), epochs)
-
-
-def _summary(
-    config: StudyConfig,
-    opened: dict[str, Checkpoint],
-    objectives: list[Objective],
-    space: SearchSpace,
-    worker: WorkerSpec,
-    known: int,
-    changes: dict[str, Change],
-) -> dict[str, Any]:
-    base = opened[BASE]
-    live, tables = show_bytes(base.bytes_as(None)), show_bytes(worker.memory.tables_bytes)
-    return {
-        "study": config.name,
-        "base": f"{config.base} ({base.n_layers} layers, {base.n_bytes / 1e6:.1f} MB)",
-        "experts": ", ".join(config.experts),
-        **{f"expert {name}": str(change) for name, change in changes.items()},
-        "resident": _resident(config, opened, worker),
-        "memory": f"each worker: {live} live model on {worker.device}, tables up to {tables}",
-        "space": f"{config.space.get('method')}, {space.dim} dimensions",
-        "objectives": ", ".join(
-            f"{o.name} ({'max' if o.maximize else 'min'}; {', '.join(o.splits)})" for o in objectives
-        ),
-        "constraints": "; ".join(config.constraints) or "none",
-        "optimizer": _optimizer_name(config),
-        "known recipes": known,
-        "budget": ", ".join(f"{v:g} {k}" for k, v in config.budget.model_dump().items() if v is not None),
-        "storage": mask(config.storage),
-    }
-
-
-def _resident(config: StudyConfig, opened: dict[str, Checkpoint], worker: WorkerSpec) -> str:
-    """Where each worker's weights are expected to live."""
-    if worker.device == "auto":
-        size = show_bytes(sum(c.n_bytes for c in opened.values()))
-        return f"{size} of weights; each worker's own node settles where"
-    models = {c.path: c for c in opened.values()}
-    return str(settle(worker.memory, worker.device, models, opened[BASE].bytes_as(None), measured=False))

@@ -16,7 +16,7 @@ LAYERS = (
      "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
     {"weights", "family", "residency", "model", "scoring", "decoding", "objectives", "storage", "study", "_study_rows"},
     {"worker", "pool", "search", "history", "events"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rescore", "rounds", "selection", "picking",
+    {"config", "objective_entries", "evolve_file", "prepare", "summary", "rescore", "rounds", "selection", "picking",
      "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output", "commands", "cli",
      "__main__"},
 )  # fmt: skip
