@@ -29,6 +29,7 @@ from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, s
 from evomerge.space import SearchSpace, known_recipes
 from evomerge.storage import hide_passwords, sqlite_file
 from evomerge.study import Header, Study
+from evomerge.summary import summary_of
 from evomerge.weights import Checkpoint, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
 
