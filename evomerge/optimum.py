@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 
 POOL = 512  # random points, from the best of which the climbs start
 CLIMBS = 5
+STEPS = 60  # of one climb
+CLOSE = 1e-6  # scaled values that miss a floor by less keep it
 TINY = 1e-9
 
 
@@ -91,6 +93,12 @@ class _Task:
 
     def best(self, weights: Array | None, climbs: int) -> Array:
         """The best point for the weights, or for the weakest objective."""
+        if self.missing(self.pool).min() > CLOSE:
+            # Sequential quadratic programming wanders where no point keeps the constraints: ask that first.
+            nearest = self._least_missing()
+            if self.missing(nearest[None])[0] > CLOSE:
+                return nearest
+            self.pool = np.vstack([nearest, self.pool])
         order = self._order(self.pool, weights)
         ends = [self._climb(self.pool[i], weights) for i in order[:climbs]]
         found = np.vstack([*ends, self.pool[order[:1]]])
@@ -101,9 +109,31 @@ class _Task:
         """Rows of `x`, best first: by how much they miss the floors, then by the utility."""
         scaled = self.scaled(x)
         utility = scaled.min(axis=1) if weights is None else scaled @ (weights / weights.sum())
+        missing = self.missing(x)
+        return np.lexsort((-utility, np.where(missing < CLOSE, 0.0, missing)))
+
+    def missing(self, x: Array) -> Array:
+        """By how much the scaled values miss the floors, summed `(n,)`."""
+        return np.asarray(self._short(x).sum(axis=1))
+
+    def _short(self, x: Array) -> Array:
         bound = (self.floors - self.worst) / self.spread
-        missing = np.where(np.isfinite(bound), np.maximum(bound - scaled, 0.0), 0.0).sum(axis=1)
-        return np.lexsort((-utility, np.where(missing < 1e-6, 0.0, missing)))
+        return np.where(np.isfinite(bound), np.maximum(bound - self.scaled(x), 0.0), 0.0)
+
+    def _least_missing(self) -> Array:
+        """The point that misses the floors least, in squares."""
+
+        def loss(v: Array) -> tuple[float, Array]:
+            short = self._short(v[None])[0]
+            return float(short @ short), -2.0 * short @ self.slopes(v)
+
+        solver: Any = minimize
+        starts = self.pool[np.argsort(self.missing(self.pool), kind="stable")[:CLIMBS]]
+        bounds = list(zip(self.low, self.high, strict=True))
+        ends = [solver(loss, start, jac=True, bounds=bounds, method="L-BFGS-B").x for start in starts]
+        found = np.clip(np.vstack([*ends, starts]), self.low, self.high)
+        nearest: Array = found[np.argmin(self.missing(found))]
+        return nearest
 
     def _climb(self, start: Array, weights: Array | None) -> Array:
         """A local optimum; the weakest objective is one more variable t, with every scaled value >= t."""
@@ -142,5 +172,6 @@ class _Task:
             bounds.append((None, None))
             start = np.append(start, self.scaled(start[None]).min())
         solver: Any = minimize  # its stubs know no such pair of loss and gradient
-        end = solver(loss, start, jac=True, bounds=bounds, constraints=constraints, method="SLSQP").x[:dim]
+        settings = {"method": "SLSQP", "options": {"maxiter": STEPS}}
+        end = solver(loss, start, jac=True, bounds=bounds, constraints=constraints, **settings).x[:dim]
         return np.clip(end, self.low, self.high) if np.isfinite(end).all() else start[:dim]

@@ -14,6 +14,7 @@ it. Points are `(n, d)` in the unit cube, values are larger-is-better. Nothing h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -51,6 +52,11 @@ def terms_for(dim: int) -> Terms:
     return "full" if dim <= MAX_FULL else "diagonal"
 
 
+@cache
+def _products(dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return np.triu_indices(dim, 1)
+
+
 def features(x: Array, terms: Terms) -> Array:
     """Return the design matrix `(n, p)`: constant, z, z^2, and for "full" the products z_i z_j, z = 2 x - 1."""
     z = 2.0 * x - 1.0
@@ -58,7 +64,7 @@ def features(x: Array, terms: Terms) -> Array:
     if terms != "linear":
         columns.append(z * z)
     if terms == "full":
-        rows, cols = np.triu_indices(x.shape[1], 1)
+        rows, cols = _products(x.shape[1])
         columns.append(z[:, rows] * z[:, cols])
     return np.hstack(columns)
 
@@ -128,7 +134,7 @@ class Quadratic:
         if self.terms != "linear":
             slope += 2.0 * b[1 + dim : 1 + 2 * dim] * z
         if self.terms == "full":
-            rows, cols = np.triu_indices(dim, 1)
+            rows, cols = _products(dim)
             cross = np.zeros((dim, dim))
             cross[rows, cols] = b[1 + 2 * dim :]
             slope += (cross + cross.T) @ z

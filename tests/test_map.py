@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.special import expit
+from scipy.stats import spearmanr
 
-from evomerge.optimizers import Goal, Result, make
-from tests.landscapes import UNIT, Landscape, told, volumes
+from evomerge import front
+from evomerge.errors import ConfigError
+from evomerge.optimizers import Goal, Optimizer, Result, make
+from evomerge.optimizers._core import Exhausted, Facts
+from evomerge.optimizers._map_design import residual_point
+from evomerge.optimizers._map_front import RAYS, gain, reference_directions
+from evomerge.surrogate import fit
+from tests.landscapes import UNIT, Landscape, search, told, volumes
 
 
 def test_map_stays_inside_the_box_that_the_data_cover() -> None:
@@ -76,3 +85,230 @@ def test_map_beats_random_in_true_hypervolume_at_60(dim: int, workers: int) -> N
     assert ours.mean() > 1.02 * baseline.mean()
     if dim == 12:
         assert ours.mean() > 1.4 * baseline.mean()
+
+
+def searched(optimizer: Optimizer, score: Callable[[np.ndarray], np.ndarray], n: int, **more: object) -> np.ndarray:
+    """Ask and tell `n` candidates; return the points (n, d)."""
+    points = []
+    for number in range(n):
+        points.append(optimizer.ask(number))
+        optimizer.tell(Result(number, points[-1], score(points[-1]), **more))  # type: ignore[arg-type]
+    return np.array(points)
+
+
+def two_peaks(x: np.ndarray) -> np.ndarray:
+    return expit(2 - 8 * np.array([((x - 0.2) ** 2).sum(), ((x - 0.8) ** 2).sum()]))
+
+
+def many_peaks(x: np.ndarray, m: int) -> np.ndarray:
+    """Task i is best at the end of axis i."""
+    away = x - 0.7 * np.eye(m, len(x))
+    return np.asarray(expit(1.5 - 3 * (away**2).sum(axis=1)))
+
+
+def expert_facts(k: int, zero: float = 0.0) -> Facts:
+    return replace(Facts.plain(k), zero=np.full(k, zero), experts=np.arange(k))
+
+
+def test_map_designs_reach_every_face_of_the_cube() -> None:
+    points = searched(make("map", 4, UNIT, 0, np.full(4, 0.3)), two_peaks, 10)
+    assert (points.min(axis=0) == 0).all() and (points.max(axis=0) == 1).all()
+
+
+def test_map_keeps_floors_that_a_few_results_keep() -> None:
+    optimizer = make("map", 2, UNIT, 0, np.full(2, 0.3), {"explore": 0.0})
+    floors = np.array([-np.inf, 0.7])  # only near the second peak
+    points = searched(optimizer, two_peaks, 30, stderr=np.full(2, 0.01), floors=floors)
+    second = np.array([two_peaks(x)[1] for x in points[15:]])
+    assert (second > 0.66).mean() > 0.8
+    free = searched(make("map", 2, UNIT, 0, np.full(2, 0.3), {"explore": 0.0}), two_peaks, 30)
+    assert np.mean([two_peaks(x)[1] > 0.66 for x in free[15:]]) < 0.7
+    for recommended in optimizer.recommend():  # type: ignore[attr-defined]
+        assert two_peaks(recommended.x)[1] > 0.66
+
+
+def test_map_seeks_the_least_violation_while_nothing_is_feasible() -> None:
+    optimizer = make("map", 2, UNIT, 0, np.full(2, 0.3), {"explore": 0.0})
+    floors = np.array([-np.inf, 0.99])  # never reached: the second peak is 0.88
+    points = searched(optimizer, two_peaks, 24, floors=floors)
+    assert np.mean([two_peaks(x)[1] for x in points[-8:]]) > 0.83
+    assert optimizer.recommend() == []  # type: ignore[attr-defined]
+
+
+def test_the_latest_floors_count() -> None:
+    optimizer = make("map", 2, UNIT, 0, np.full(2, 0.3), {"explore": 0.0})
+    searched(optimizer, two_peaks, 20, floors=np.array([-np.inf, 0.99]))
+    assert not optimizer.recommend()  # type: ignore[attr-defined]
+    optimizer.tell(Result(20, np.full(2, 0.5), two_peaks(np.full(2, 0.5)), floors=np.array([-np.inf, -np.inf])))
+    assert optimizer.recommend()  # type: ignore[attr-defined]
+
+
+def test_map_spreads_over_six_objectives() -> None:
+    goals = [Goal(str(j), 0.0, 1.0) for j in range(6)]
+    optimizer = make("map", 6, goals, 0, np.full(6, 0.2), {"explore": 0.0})
+    points = searched(optimizer, lambda x: many_peaks(x, 6), 45)
+    values = np.array([many_peaks(x, 6) for x in points])
+    assert (values[12:].max(axis=0) > 0.69).all()  # each of the six has its specialist (the peak is 0.82)
+    assert values[12:].min(axis=1).max() > 0.5  # and there are compromises
+
+
+@pytest.mark.parametrize("m", [5, 6, 8, 12])
+def test_reference_directions_are_a_lattice(m: int) -> None:
+    rays = reference_directions(m)
+    assert np.linalg.norm(rays, axis=1) == pytest.approx(1.0) and (rays > 0).all()
+    assert m <= len(rays) <= 2 * RAYS and len(np.unique(rays.round(9), axis=0)) == len(rays)
+    assert rays.mean(axis=0) == pytest.approx(rays.mean())  # symmetric in the objectives
+
+
+def test_gains_beyond_four_objectives_rank_as_the_hypervolume_does() -> None:
+    rng = np.random.default_rng(0)
+    reached = rng.random((12, 5)) * 0.8
+    hopeful = rng.random((40, 5))
+    reference = np.vstack([reached, hopeful])
+    low = reference[front.non_dominated(reference)].min(axis=0)
+    before = front.hypervolume(reached, low - 0.1)
+    exact = [front.hypervolume(np.vstack([reached, row]), low - 0.1) - before for row in hopeful]
+    assert spearmanr(gain(hopeful, reached, rng), exact).statistic > 0.85
+
+
+def test_map_does_not_insist_on_what_fails() -> None:
+    optimizer = make("map", 2, UNIT[:1], 0, np.full(2, 0.3), {"explore": 0.0})
+    broken = 0
+    for number in range(40):
+        x = optimizer.ask(number)
+        fails = bool((x > 0.6).all())  # where the surrogate expects the best
+        broken += fails and number >= 10
+        optimizer.tell(Result(number, x, None if fails else x.mean(keepdims=True)))
+    assert broken < 23  # 28 of 30 if nothing is learnt; some chase the border, where successes are near
+
+
+def test_a_score_told_again_replaces_the_first() -> None:
+    def search(first: float) -> np.ndarray:
+        optimizer = make("map", 1, UNIT[:1], 0, np.full(1, 0.5), {"explore": 0.0})
+        for number, x in enumerate(np.linspace(0, 1, 12)):
+            score = first if number == 6 else 0.5
+            optimizer.tell(Result(number, np.array([x]), np.array([score])))
+        optimizer.tell(Result(6, np.array([6 / 11]), np.array([0.5])))
+        return optimizer.ask(13)
+
+    assert np.array_equal(search(1.0), search(0.0))
+
+
+def test_map_searches_cells_to_the_end() -> None:
+    facts = replace(Facts.plain(2), cells=np.array([3, 4]))
+    optimizer = make("map", 2, UNIT, 0, np.full(2, 0.5), facts=facts)
+    points = searched(optimizer, two_peaks, 12)
+    assert len({(int(3 * a), int(4 * b)) for a, b in points}) == 12
+    assert np.array_equal(points, (np.floor(points * [3, 4]) + 0.5) / [3, 4])
+    with pytest.raises(Exhausted, match="12 points"):
+        optimizer.ask(12)
+
+
+def test_map_recommends_optima() -> None:
+    optimizer = make("map", 2, UNIT, 0, np.full(2, 0.3))
+    assert optimizer.recommend() == []  # type: ignore[attr-defined]
+    searched(optimizer, two_peaks, 30)
+    found = {r.why: r.x for r in optimizer.recommend()}  # type: ignore[attr-defined]
+    assert next(iter(found)) == "surrogate optimum (mean)" and 2 <= len(found) <= 4
+    assert found["surrogate optimum (a)"] == pytest.approx([0.2, 0.2], abs=0.1)
+    assert found["surrogate optimum (b)"] == pytest.approx([0.8, 0.8], abs=0.1)
+
+
+@pytest.mark.parametrize(("dim", "variant"), [(2, "bayesian"), (5, "bayesian"), (3, "nested")])
+def test_variants_keep_the_contract(dim: int, variant: str) -> None:
+    goals = [Goal(str(j), 0.0, 1.0) for j in range(dim)]
+    serial, replayed = (
+        make("map", dim, goals, 0, np.full(dim, 0.3), {"variant": variant}, expert_facts(dim)) for _ in range(2)
+    )
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        x = serial.ask(number)
+        if number % 5 == 0:
+            assert np.array_equal(serial.ask(number), x)
+            serial.ask(number + 900, [x])
+        values = None if rng.random() < 0.1 else many_peaks(x, dim)
+        for optimizer in (serial, replayed):
+            optimizer.tell(Result(number, x.copy(), values))
+    assert np.array_equal(serial.ask(60, [x]), replayed.ask(60, [x]))
+
+
+def test_bayesian_map_samples_where_the_fit_is_bad() -> None:
+    """The landscape has a bump along the second axis that no quadratic follows."""
+    x = np.random.default_rng(0).random((60, 2))
+    angle = np.arctan2(x[:, 1], x[:, 0])
+    values = x.sum(axis=1) + np.where(angle > 1.2, 2 * np.sin(12 * x[:, 1]), 0.0)
+    model = fit(x, values)
+    rng = np.random.default_rng(1)
+    drawn = np.array([residual_point(model, x, values, np.zeros(2), rng) for _ in range(200)])
+    assert (np.arctan2(drawn[:, 1], drawn[:, 0]) > np.pi * 3 / 8).mean() > 0.6
+    assert (drawn >= 0).all() and (drawn <= 1).all()
+
+
+@pytest.mark.parametrize("zero", [0.0, 0.25])
+def test_nested_map_merges_pair_by_pair_and_goes_on(zero: float) -> None:
+    k = 3
+    goals = [Goal(str(j), 0.0, 1.0) for j in range(k)]
+    optimizer = make("map", k, goals, 0, np.full(k, 0.3), {"variant": "nested"}, expert_facts(k, zero))
+    points = searched(optimizer, lambda x: many_peaks(x, k), 50)
+    moved = (np.abs(points - zero) > 1e-9).sum(axis=1)
+    assert (moved[:3] == 1).all()  # each expert alone
+    assert (moved[3:23] == 2).all() and len(np.unique((points[3:23] != zero).argmin(axis=1))) == 1  # one pair's plane
+    assert (moved[23:44] == 3).sum() >= 19  # the frozen pair and the third
+    shares = (points[24:43] - zero)[:, (points[3] != zero)]
+    assert np.ptp(shares[:, 0] / shares[:, 1]) < 1e-6  # frozen: in a fixed proportion
+    assert len(np.unique(points, axis=0)) == 50
+
+
+def test_nested_map_follows_preferences() -> None:
+    goals = [Goal("a", 0.0, 1.0), Goal("b", 0.0, 1.0)]
+    ends = []
+    for preferred in ("a", "b"):
+        options = {"variant": "nested", "preferences": {preferred: 1.0}}
+        optimizer = make("map", 2, goals, 0, np.full(2, 0.3), options, expert_facts(2))
+        points = searched(optimizer, lambda x: many_peaks(x, 2), 23)
+        ends.append(points[22])  # two experts, twenty of their plane, the merge
+    assert ends[0] == pytest.approx([0.7, 0.0], abs=0.12) and ends[1] == pytest.approx([0.0, 0.7], abs=0.12)
+
+
+def test_a_nested_stage_of_failures_ends() -> None:
+    goals = [Goal(str(j), 0.0, 1.0) for j in range(2)]
+    optimizer = make("map", 2, goals, 0, np.full(2, 0.3), {"variant": "nested"}, expert_facts(2))
+    optimizer.tell(Result(0, np.array([0.5, 0.0]), np.array([0.5, 0.1])))
+    for number in range(1, 200):
+        optimizer.tell(Result(number, None, None))  # nothing arrives at all
+    assert np.isfinite(optimizer.ask(200)).all()
+    assert optimizer._nested.done  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dim", "m", "options", "facts", "where", "said"),
+    [
+        (3, 2, {"variant": "best"}, None, "variant", "best"),
+        (7, 2, {"variant": "bayesian"}, None, "variant", "at most 6"),
+        (3, 3, {"variant": "nested"}, None, "variant", "unmerged base"),
+        (3, 2, {"variant": "nested"}, expert_facts(3), "variant", "2 objectives for 3 experts"),
+        (4, 2, {"variant": "nested"}, replace(expert_facts(4), experts=np.array([0, 0, 1, 1])), "variant", "4 coord"),
+        (2, 2, {"variant": "nested", "preferences": {"c": 1.0}}, expert_facts(2), "preferences", "'c'"),
+        (2, 2, {"variant": "nested", "preferences": {"a": 0.0}}, expert_facts(2), "preferences", "0.0"),
+        (2, 2, {"preferences": {"a": 1.0}}, None, "preferences", "nested only"),
+        (9, 2, {"design": "paper"}, None, "design", "2 to 8"),
+        (3, 2, {"design": "papers"}, None, "design", "papers"),
+    ],
+)
+def test_what_a_variant_cannot_do_is_said(
+    dim: int, m: int, options: dict[str, object], facts: Facts | None, where: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        make("map", dim, [Goal("abc"[j]) for j in range(m)], 0, np.full(dim, 0.5), options, facts)
+    assert caught.value.problems[0].where == f"optimizer.{where}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "tasks"), [(3, 2), (4, 3), (12, 2)])
+def test_map_at_60_has_the_true_hypervolume_of_nsga2_at_240(dim: int, tasks: int) -> None:
+    ours, theirs = [], []
+    for land in (Landscape(dim, tasks, seed) for seed in range(8)):
+        reference = 0.8 * land.true(np.zeros(dim))
+        ours.append(front.hypervolume(search("map", land, 60), reference))
+        theirs.append(front.hypervolume(search("nsga2", land, 240), reference))
+    assert np.mean(ours) >= np.mean(theirs)

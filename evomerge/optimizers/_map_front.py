@@ -10,7 +10,7 @@ multiply the gain by the probability that the surrogates' uncertainty gives to a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -28,9 +28,12 @@ POOL = 512
 ELITES = 48  # anchors of the search on the surrogates
 CHILDREN = 8
 ROUNDS = 3
+HOPELESS = 0.4  # share of successes around a point below which it is not tried: failures are mostly deterministic
 SAME = 0.005  # two points closer than this in every coordinate are the same experiment
 RAYS = 200  # at most this many reference directions in the outer layer
 VOLUME = 4  # objectives up to which the hypervolume is sampled
+
+Barred = Callable[[Array, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,11 @@ def propose(
     reached = _means(models, known)
     allowed = _missing(models, reached, floors) <= 0
     start = known[allowed][non_dominated(reached[allowed])] if allowed.any() else known[-ELITES:]
-    pool = _evolve(models, start, box, floors, rng)
+
+    def barred(x: Array, values: Array) -> Array:
+        return _missing(models, values, floors) + (_survival(x, known, failed, box) == 0)
+
+    pool = _evolve(models, start, box, barred, rng)
     pool = pool[~near(pool, np.vstack([known, failed]))]
     if len(pool) == 0:
         return None
@@ -94,7 +101,8 @@ def propose(
     if gains[best] > 0:
         return np.asarray(pool[best])
     # One objective: the surrogate's optimum is known already; the best point beside it still improves the fit.
-    return np.asarray(pool[np.argmax(hopeful[:, 0] - 1e6 * (chance < 0.5))]) if len(models) == 1 else None
+    sound = np.flatnonzero(chance > HOPELESS)
+    return np.asarray(pool[sound[np.argmax(hopeful[sound, 0])]]) if len(models) == 1 and len(sound) else None
 
 
 def _means(models: Sequence[Quadratic], x: Array) -> Array:
@@ -121,7 +129,7 @@ def _chance(models: Sequence[Quadratic], x: Array, floors: Array | None) -> Arra
 
 
 def _survival(x: Array, known: Array, failed: Array, box: Box) -> Array:
-    """The share of successes among the results around each point (Gaussian kernel; one success counts as known)."""
+    """The share of successes around each point (Gaussian kernel, one success in advance); 0 below `HOPELESS`."""
     if len(failed) == 0:
         return np.ones(len(x))
     width = 0.1 * np.maximum(box.high - box.low, SAME) * math.sqrt(x.shape[1])
@@ -132,17 +140,19 @@ def _survival(x: Array, known: Array, failed: Array, box: Box) -> Array:
         return np.asarray(np.exp(-0.5 * squared).sum(axis=1))
 
     good = 1.0 + weight(known)
-    return np.asarray(good / (good + weight(failed)))
+    share = good / (good + weight(failed))
+    return np.where(share < HOPELESS, 0.0, share)
 
 
-def _evolve(
-    models: Sequence[Quadratic], start: Array, box: Box, floors: Array | None, rng: np.random.Generator
-) -> Array:
-    """Return points around the predicted front: rounds of selection and variation from `start` and random points."""
+def _evolve(models: Sequence[Quadratic], start: Array, box: Box, barred: Barred, rng: np.random.Generator) -> Array:
+    """Return points around the predicted front: rounds of selection and variation from `start` and random points.
+
+    `barred(x, values)` `(n,)` is 0 for the points that may be on it.
+    """
     pool = np.vstack([box.scale(rng.random((POOL, len(box.low)))), box.snap(start)])
     for _ in range(ROUNDS):
         values = _means(models, pool)
-        anchors = pool[_elite(values, _missing(models, values, floors), rng)]
+        anchors = pool[_elite(values, barred(pool, values), rng)]
         pool = np.vstack([anchors, box.snap(_vary(anchors, box, rng))])
     return np.asarray(pool)
 
