@@ -125,7 +125,7 @@ def reference_of(anchors: ArrayLike) -> Array | None:
     return array.min(axis=0) if len(array) else None
 
 
-def volume(values: ArrayLike, reference: ArrayLike, seed: int = 0) -> Volume:
+def volume(values: ArrayLike, reference: ArrayLike, seed: int = 0, samples: int = SAMPLES) -> Volume:
     """Return the hypervolume: exact up to three objectives or FEW_POINTS front points, by Monte Carlo beyond.
 
     Raises:
@@ -134,7 +134,7 @@ def volume(values: ArrayLike, reference: ArrayLike, seed: int = 0) -> Volume:
     array = _matrix(values)
     if array.shape[1] <= 3 or len(_above(array, _reference(array, reference))) <= FEW_POINTS:
         return Volume(hypervolume(array, reference))
-    return sampled_hypervolume(array, reference, seed)
+    return sampled_hypervolume(array, reference, seed, samples)
 
 
 def sampled_hypervolume(values: ArrayLike, reference: ArrayLike, seed: int = 0, samples: int = SAMPLES) -> Volume:

@@ -99,9 +99,11 @@ class Report:
 
     @property
     def verdict(self) -> str | None:
-        """Whether search added anything, in one sentence; None without test scores to tell it by."""
+        """Whether search added anything, in one sentence; None without scores on fresh items to tell it by."""
         ours = f"candidate {self.candidate.number}"
         if self.candidate.label is not None:
+            if not self.rows[0].gains.keys() & {"validation", "test"}:
+                return None  # the best on search so far: the search may still be running
             return f"search added nothing: {ours} is a known recipe, {self.candidate.label}"
         found = [t for t in self.tests if t.baseline.number == self.baseline.number and t.name == self.rows[-1].name]
         if not found:

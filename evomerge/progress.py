@@ -13,6 +13,8 @@ from rich.live import Live
 from evomerge import front
 from evomerge.search import Budget, Event, oriented
 
+SAMPLES = 4000  # for a volume that has to be sampled: it is computed at every candidate
+
 
 class Progress:
     """Counts what the search reports. Use as a context manager and pass `event` to Search.
@@ -74,7 +76,7 @@ class Progress:
         reference = front.reference_of(anchors) if anchors else None
         if reference is None:
             return None
-        return front.volume(list(self._values.values()), reference).value
+        return front.volume(list(self._values.values()), reference, samples=SAMPLES).value
 
     def _take(self, event: Event) -> None:
         self._count += 1
@@ -85,7 +87,7 @@ class Progress:
     def _line(self, event: Event | None) -> str:
         parts = [f"{self._count}/{self._budget.evaluations or '-'}"]
         if event is not None:
-            label = f" {event.label}" if event.label else ""
+            label = f" {event.label or event.source}" if event.label or event.source else ""
             if event.stopped is not None:
                 shown = event.stopped
             elif event.values is None:

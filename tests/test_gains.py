@@ -181,3 +181,9 @@ def test_the_first_line_says_whether_search_added_anything(test: tuple[int, floa
 def test_without_test_scores_nothing_is_claimed(study: Study) -> None:
     found = report(study, study.candidates(), study.candidate(3))
     assert found is not None and found.verdict is None and found.tests == ()
+
+
+def test_that_a_known_recipe_leads_on_search_claims_nothing() -> None:
+    study = study_of({"base": ("base", {"search": (100, 3.0)}), "worse": (None, {"search": (90, 3.5)})})
+    found = report(study, study.candidates(), study.candidate(0))
+    assert found is not None and found.is_baseline and found.verdict is None

@@ -36,6 +36,21 @@ def test_stopped_candidates_are_said_and_counted_and_never_best(capsys: pytest.C
     assert "3/10 | #2: stopped at 1/8, beaten by #0 (as #1) | 2 stopped | best 0.5000" in line
 
 
+def test_recommended_candidates_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress({"acc": True}, Budget(10), [], known=1) as progress:
+        progress.event(Event(7, None, (0.5,), None, None, None, 1.0, source="mean of CMA-ES"))
+    assert "#7 mean of CMA-ES: acc=0.5000" in capsys.readouterr().err
+
+
+def test_many_objectives_have_a_hypervolume_too() -> None:
+    names = {f"o{j}": True for j in range(6)}
+    before = [event(n, tuple(0.5 + 0.4 * (n % 6 == j) for j in range(6))) for n in range(1, 60)]
+    progress = Progress(names, Budget(100), [event(0, (0.5,) * 6), *before], known=1)
+    assert progress.hypervolume() == 0.0  # nobody is above the base in every objective
+    whole = Progress(names, Budget(100), [event(0, (0.4,) * 6), *before], known=1).hypervolume()
+    assert whole == pytest.approx(0.1**6 + 6 * 0.1**5 * 0.4, rel=0.1)
+
+
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress({"acc": True}, Budget(10), [], known=1, quiet=True) as progress:
         progress.event(event(0, (0.4,)))
