@@ -245,7 +245,7 @@ def test_gp_is_replayed_from_what_it_was_told_and_spreads_pending_points() -> No
 @pytest.mark.parametrize("reason", ["dimensions", "results", "goals", "floors", "front"])
 def test_gp_hands_over_to_the_surrogate_where_it_would_take_too_long(reason: str) -> None:
     dim, m, n = {"dimensions": 31, "floors": 2}.get(reason, 2), {"goals": 4}.get(reason, 2), 20
-    n = {"results": MOST_RESULTS + 1, "front": 65}.get(reason, n)
+    n = {"results": MOST_RESULTS + 1, "front": 41}.get(reason, n)
     optimizer: Any = make("gp", dim, goals(m), 0, np.full(dim, 0.5))
     surrogate = make("map", dim, goals(m), 0, np.full(dim, 0.5))
     rng = np.random.default_rng(0)
