@@ -100,13 +100,17 @@ def test_a_partner_has_what_the_first_parent_lacks() -> None:
 
 
 def test_infeasible_members_leave_first_and_breed_only_if_there_is_no_choice() -> None:
-    optimizer = build(2, population=3)
-    floors = np.array([0.5])
-    for number, value in enumerate([0.4, 0.3, 0.45, 0.51, 0.52]):
-        optimizer.tell(Result(number, np.full(2, 0.1 * number), np.array([value]), None, floors))
-    assert sorted(m.number for m in optimizer._archive) == [2, 3, 4]
-    firsts = {optimizer._parents(rng_for(0, n))[0] for n in range(50)}
-    assert 2 not in {optimizer._archive[i].number for i in firsts}
+    optimizer = build(2, population=3, goals=UNIT)
+    floors = np.array([-np.inf, 0.5])
+    for number, values in enumerate([(0.9, 0.2), (0.8, 0.4), (0.9, 0.3), (0.1, 0.51), (0.2, 0.52)]):
+        optimizer.tell(Result(number, np.full(2, 0.1 * number), np.array(values), None, floors))
+    assert [m.number for m in optimizer._archive] == [1, 3, 4]  # the one that misses least, though 0 and 2 are better
+    parents = {i for n in range(50) for i in optimizer._parents(rng_for(0, n))}
+    assert parents == {1, 2}
+    alone = build(2, population=3, goals=UNIT)
+    for number in range(3):
+        alone.tell(Result(number, np.full(2, 0.3 * number), np.array([0.5, 0.1]), None, floors))
+    assert {i for n in range(50) for i in alone._parents(rng_for(0, n))} == {0, 1, 2}
 
 
 # ------------------------------------------------------------------------------------- children
