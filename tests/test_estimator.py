@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evomerge.estimator import FEWEST_CANDIDATES, FEWEST_ITEMS, MOST_CANDIDATES, Estimate, ItemMatrix, regress
+from evomerge.fidelity import Stopped
+from evomerge.history import History
+from evomerge.objectives import Scores, mean_scores
+from evomerge.recipe import Recipe
+from evomerge.study import Header, Study
+from evomerge.worker import Outcome
 
 N = 1000
 
@@ -144,3 +152,39 @@ def test_it_takes_little_time() -> None:
         regress(features, answers[-1][:500], positions)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.02
+
+
+def test_a_search_stores_the_more_precise_estimate_and_a_resumed_one_finds_the_same(tmp_path: Path) -> None:
+    """`History` refines the worker's difference estimate with the matrix of what was scored in full before."""
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    study = Study.create(url, "x", Header({"seed": 1}, {"acc": True, "bits": False}))
+    rng = np.random.default_rng(12)
+    scored = world(rng, 21, n=400)
+    bits = np.stack([rng.random(400) + 1.0, np.ones(400)], axis=1)
+
+    def history() -> History:
+        made = History(Study.load(url, "x"), None, lambda labelled: None, wants_items=False)  # type: ignore[arg-type]
+        for candidate in Study.load(url, "x").candidates():
+            made.add(candidate)
+        return made
+
+    for number in range(20):
+        recipe = Recipe.build("task_arithmetic", "base", {"red": {"weight": number / 32}})
+        assert study.propose(recipe, None, {}) == number
+        scores = {"acc": mean_scores(scored[number]), "bits": Scores(1.5, 0.1, bits)}
+        assert study.finish(number, {"search": scores}, number, {})
+    positions = np.sort(rng.choice(400, 100, replace=False))
+    seen = {"acc": Scores(0.5, 0.2, scored[-1][positions]), "bits": Scores(1.5, 0.1, bits[positions])}
+    stopped = Stopped(0.25, 3, {"acc": positions, "bits": positions})
+    outcome = Outcome(20, {"search": seen}, 0.0, 0.0, 0, "w", stopped=stopped)
+    refined = history().refined(outcome)["search"]
+    expected = regress(scored[:20].T.astype(np.float32), seen["acc"].items, positions)
+    assert expected is not None and refined["acc"].value == pytest.approx(expected.value)
+    assert refined["acc"].stderr == pytest.approx(expected.stderr) and refined["acc"].stderr < 0.05
+    assert refined["bits"] is seen["bits"], "ratios keep the difference estimate"
+    again = history().refined(outcome)["search"]["acc"]
+    assert (again.value, again.stderr) == (refined["acc"].value, refined["acc"].stderr), "to the bit"
+    precise = replace(outcome, scores={"search": {**seen, "acc": replace(seen["acc"], stderr=1e-6)}})
+    assert history().refined(precise)["search"]["acc"].value == 0.5, "the more precise of the two"
+    whole = replace(outcome, stopped=None)
+    assert history().refined(whole) is whole.scores

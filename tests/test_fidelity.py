@@ -19,8 +19,12 @@ from evomerge.fidelity import (
     SHARE,
     Epochs,
     Fidelity,
+    Part,
+    Schedule,
     additive,
     count_at,
+    epoch_of,
+    epoch_seed,
     item_order,
     new_items,
     read_fidelity,
@@ -88,6 +92,40 @@ def test_only_means_and_ratios_are_compared_item_by_item() -> None:
     assert additive(lambda items: items[:, 0].sum() / items[:, 1].sum())
     assert not additive(lambda items: float(np.exp(-items.mean())))
     assert not additive(lambda items: float(items[:, 0].mean()))
+
+
+# ---------------------------------------------------------------- epochs
+
+
+def test_epochs_are_blocks_of_candidates_whose_share_grows_with_the_budget() -> None:
+    found = [epoch_of(number, known=8, evaluations=100, share=0.125, candidates=16) for number in range(140)]
+    assert found[:8] == [None] * 8
+    blocks = [f for f in found if f is not None]
+    assert [e for e, _ in blocks] == [k // 16 for k in range(132)]
+    begins = {e: 8 + 16 * e for e, _ in blocks}
+    for epoch, share in blocks:
+        assert share == (0.125, 0.25, 0.5, 1.0)[sum(begins[epoch] >= b for b in (25, 50, 75))]
+    assert epoch_of(99, known=0, evaluations=100, share=0.5, candidates=16) == (6, 1.0), "never above 1"
+
+
+def test_the_order_and_the_parts_of_an_epoch_are_its_own() -> None:
+    schedule = Schedule(3, RUNGS, {"known": 2, "evaluations": 40, "share": 0.25, "candidates": 4})
+    parts = [schedule.part(number) for number in range(40)]
+    assert parts[0] == parts[1] == Part(3, RUNGS) == schedule.part(30, to_the_end=True)
+    assert parts[2] == parts[5] and parts[2] is not None and parts[6] is not None
+    assert parts[2].rungs == (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0) and parts[2].gate == 0.25
+    last = parts[-1]
+    assert last is not None and (last.rungs, last.gate) == (RUNGS, 1.0)
+    seeds = {part.seed for part in parts if part is not None}
+    assert len(seeds) == 1 + 10, "of the study, and of each epoch"
+    assert epoch_seed(3, 0) == parts[2].seed == 2296184439398151, "the seeds of existing studies have changed"
+    first, second = (set(item_order(part.seed, "math", 800)[:200].tolist()) for part in (parts[2], parts[6]))
+    assert 20 < len(first & second) < 80, "another quarter of the items"
+    assert schedule.attrs(7) == {"epoch": 1, "epoch_share": 0.25}
+    assert schedule.attrs(1) == schedule.attrs(7, to_the_end=True) == {}
+    bare = Schedule(3, (), {"known": 0, "evaluations": 40, "share": 0.25, "candidates": 4}).part(0)
+    assert bare is not None and bare.rungs == (0.25, 1.0)
+    assert Schedule(3, (), {}).part(0) is None
 
 
 # ---------------------------------------------------------------- searches that stop early
@@ -196,6 +234,26 @@ def stops(study: Study) -> list[Any]:
     return [c for c in study.candidates() if c.state == "stopped"]
 
 
+def test_candidates_of_an_epoch_share_its_items_and_go_on_to_all_of_them_or_stop(texts: Path) -> None:
+    assert search(EPOCHS) == 0
+    study = Study.load(URL, "tiny")
+    candidates = study.candidates()
+    known = study.header.epochs["known"]
+    assert study.header.epochs == {"known": known, "evaluations": 22, "share": 0.25, "candidates": 4}
+    for c in candidates:
+        expected = epoch_of(c.number, **study.header.epochs)
+        assert (c.attrs.get("epoch"), c.attrs.get("epoch_share")) == (expected or (None, None))
+        if c.state == "done":
+            assert [len(items) for items in study.items(c.number)] == [96], "the whole split"
+            continue
+        _, where = study.partial_scores(c.number)
+        assert expected is not None and where.rule in {"beaten", "unpromising"}
+        order = item_order(epoch_seed(3, expected[0]), "text", 96)
+        assert np.array_equal(where.positions["text"], np.sort(order[: count_at(96, where.share)]))
+    assert all(c.state == "done" for c in candidates[:known]) and stops(study)
+    assert "epoch" in study.frame() and study.frame()["stop_rule"].notna().sum() == len(stops(study))
+
+
 def test_a_repeat_of_a_stopped_candidate_is_stopped_too(texts: Path) -> None:
     space = "space={method: task_arithmetic, genes: {weight: {choices: [0.0, 0.6, 1.2]}}}"
     assert search(space, "known_recipes=false", "optimizer=random") == 0
@@ -236,3 +294,25 @@ def test_check_says_why_there_are_no_rungs(work: Path, monkeypatch: pytest.Monke
     whole = prepare(parse_study(text, "s", ("fidelity={rungs: [0.5, 1]}",)))
     assert whole.summary["rungs"].startswith("off: text has no score for a part of its items")
     assert "no candidate is stopped early: text" in str(whole.warnings[0]) and whole.header.rungs == []
+
+
+def test_epochs_are_the_default_where_there_are_many_items_and_evaluations_count(
+    texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path("study.yaml").read_text()
+    few = prepare(parse_study(text, "s"))
+    assert few.summary["epochs"] == "off: text has 96 search items, fewer than 512" and not few.header.epochs
+    asked = prepare(parse_study(text, "s", ("fidelity={epochs: {share: 0.5, candidates: 9}}",)))
+    assert asked.summary["epochs"] == "9 candidates each, from 1/2 of the items"
+    assert asked.summary["rungs"] == "1/8, 1/4, 1/2, 1", "the default, since the file says nothing of rungs"
+    assert asked.header.identity["epochs"] == {"share": 0.5, "candidates": 9}
+    monkeypatch.setattr("evomerge.prepare.WORTH_EPOCHS", 96)
+    many = prepare(parse_study(text, "s", ("workers=9",)))
+    assert many.summary["epochs"] == "18 candidates each, from 1/8 of the items"
+    assert "epochs" not in many.header.identity, "evomerge's own choice is not compared"
+    for off in ("off", "{epochs: off}"):
+        none = prepare(parse_study(text, "s", (f"fidelity={off}",)))
+        assert none.summary["epochs"] == "off" and not none.header.epochs
+    hours = prepare(parse_study(text, "s", ("budget={hours: 1}", "fidelity={epochs: {}}")))
+    assert hours.summary["epochs"].startswith("off: their share of the items grows with the evaluations")
+    assert "there are no epochs" in str(hours.warnings[0])

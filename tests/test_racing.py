@@ -7,17 +7,20 @@ import pytest
 from scipy import stats
 
 from evomerge import racing
-from evomerge.fidelity import RUNGS, Part, count_at
+from evomerge.fidelity import RUNGS, Part, count_at, item_order
 from evomerge.objectives import mean_scores
 from evomerge.racing import (
+    GATE,
     MOST_BYTES,
     MOST_RIVALS,
     RISK,
     Race,
     Rival,
     Rivals,
+    Verdict,
     estimate,
     p_not_beaten,
+    weightings,
 )
 
 N = 240
@@ -191,3 +194,155 @@ def test_what_travels_with_a_job_is_bounded() -> None:
 
 def test_the_risk_is_what_the_docstring_and_the_readme_say() -> None:
     assert RISK == 0.01 and "at most `RISK` in all" in " ".join(str(racing.__doc__).split())
+
+
+# ---------------------------------------------------------------- racing over weightings
+
+
+@pytest.mark.parametrize("n_objectives", range(1, 9))
+def test_weightings_are_a_lattice_of_shares_with_its_corners_and_the_middle(n_objectives: int) -> None:
+    found = weightings(n_objectives)
+    assert len(set(found)) == len(found) <= 17
+    assert all(sum(w) == pytest.approx(1.0) and min(w) >= 0.0 for w in found)
+    assert {tuple(row) for row in np.eye(n_objectives).tolist()} <= set(found)
+    assert (1.0 / n_objectives,) * n_objectives in found
+
+
+def answers(rng: np.random.Generator, *shares: float, n: int = N) -> list[np.ndarray]:
+    """Per objective, items `(n,)` of which exactly this share is right."""
+    return [rng.permutation(np.arange(n) < round(share * n)).astype(np.float64) for share in shares]
+
+
+def race_of(candidates: dict[int, list[np.ndarray]], part: Part) -> Race:
+    """The race against these fully scored candidates."""
+    rivals = Rivals({str(j): True for j in range(len(next(iter(candidates.values()))))}, candidates.__getitem__)
+    for number, items in candidates.items():
+        rivals.add(number, [float(i.mean()) for i in items])
+    return rivals.race(part)
+
+
+def first_verdict(race: Race, mine: list[np.ndarray], part: Part) -> tuple[float, Verdict] | None:
+    """Where and why a candidate stops on full data."""
+    orders = [item_order(part.seed, str(j), len(m)) for j, m in enumerate(mine)]
+    for share in part.rungs[:-1]:
+        seen = [m[order[: count_at(len(m), share)]] for m, order in zip(mine, orders, strict=True)]
+        verdict = race.verdict(seen, [len(m) for m in mine], share)
+        if verdict is not None:
+            return share, verdict
+    return None
+
+
+def test_a_compromise_on_a_front_that_bends_inwards_goes_on() -> None:
+    """The line between the ends is far above it: by weighted sums alone it would be given up."""
+    rng = np.random.default_rng(5)
+    n = 2000
+    race = race_of({0: answers(rng, 0.9, 0.3, n=n), 1: answers(rng, 0.3, 0.9, n=n)}, WHOLE)
+    assert all(first_verdict(race, answers(rng, 0.45, 0.45, n=n), WHOLE) is None for _ in range(20))
+    outside = first_verdict(race, answers(rng, 0.25, 0.25, n=n), WHOLE)
+    assert outside is not None
+
+
+def test_a_candidate_as_good_as_the_best_of_a_weighting_stops_in_at_most_the_stated_share() -> None:
+    """The hardest case: equal to the rival in the middle of a front, and worse than all by any other weighting."""
+    rng = np.random.default_rng(6)
+    wrong, trials = 0, 500
+    for _ in range(trials):
+        middle = answers(rng, 0.66, 0.66)
+        race = race_of({0: answers(rng, 0.9, 0.35), 1: middle, 2: answers(rng, 0.35, 0.9)}, WHOLE)
+        near = [np.where(rng.random(N) < 0.3, rng.permutation(m), m) for m in middle]
+        near = [_with_total(rng, x, m.sum()) for x, m in zip(near, middle, strict=True)]
+        wrong += first_verdict(race, near, WHOLE) is not None
+    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
+
+
+def _with_total(rng: np.random.Generator, items: np.ndarray, total: float) -> np.ndarray:
+    """0/1 items with as few changed as it takes to have this sum."""
+    items = items.copy()
+    missing = round(total - items.sum())
+    wrong = np.flatnonzero(items == (0.0 if missing > 0 else 1.0))
+    items[rng.choice(wrong, abs(missing), replace=False)] = 1.0 if missing > 0 else 0.0
+    return items
+
+
+@pytest.mark.parametrize(("n_objectives", "least"), [(2, 1), (4, 12)])
+def test_searches_keep_the_best_of_every_weighting_and_stop_some_whom_no_rival_beats(
+    n_objectives: int, least: int
+) -> None:
+    lost = outweighed = 0
+    for seed in range(4):
+        rng = np.random.default_rng([seed, n_objectives])
+        scored = simulated(rng, 40, n_objectives, 600)
+        stopped = replay(scored, Part(seed, RUNGS))
+        outweighed += list(stopped.values()).count("outweighed")
+        values = scored.mean(axis=2)
+        front = values[[not ((values >= v).all(axis=1) & (values > v).any(axis=1)).any() for v in values]]
+        scaled = (values - front.min(axis=0)) / np.ptp(front, axis=0)
+        kept = [k for k in range(40) if k not in stopped]
+        for shares in np.array(weightings(n_objectives)):
+            smallest = (scaled[:, shares > 0] / shares[shares > 0]).min(axis=1)
+            for merit in (scaled @ shares, smallest):
+                lost += merit[kept].max() < merit.max() - 1e-9
+    assert lost == 0
+    assert outweighed >= least
+
+
+def simulated(rng: np.random.Generator, candidates: int, n_objectives: int, n: int) -> np.ndarray:
+    """0/1 items (candidates, objectives, n): right near the item's own point of a space of three weights."""
+    x = rng.uniform(0.0, 1.2, (candidates, 1, 3))
+    found = np.empty((candidates, n_objectives, n))
+    for j in range(n_objectives):
+        peaks = rng.uniform(0.2, 1.0, 3) + rng.normal(0.0, 0.25, (n, 3))
+        distance = ((x - peaks) ** 2 * rng.uniform(0.5, 3.0, (n, 3))).sum(axis=2)
+        found[:, j] = distance < rng.normal(0.7, 0.7, n)
+    return found
+
+
+def replay(scored: np.ndarray, part: Part) -> dict[int, str]:
+    """Candidate -> rule by which it was stopped, when all are raced in turn; scored: (candidates, objectives, n)."""
+    rivals = Rivals({str(j): True for j in range(scored.shape[1])}, lambda number: list(scored[number]))
+    stopped = {}
+    for number, mine in enumerate(scored):
+        found = first_verdict(rivals.race(part), list(mine), part)
+        if found is None:
+            rivals.add(number, mine.mean(axis=1).tolist())
+        else:
+            stopped[number] = found[1].rule
+    return stopped
+
+
+def test_a_single_objective_is_never_outweighed_and_a_race_without_rivals_never_stops() -> None:
+    scored = simulated(np.random.default_rng(8), 40, 1, 600)
+    assert set(replay(scored, WHOLE).values()) == {"beaten"}
+    assert Race(0, RUNGS).verdict([np.zeros(100)], [600], 0.25) is None
+    assert Rivals({"a": True}, lambda number: []).race(WHOLE).rivals == (), "nobody is scored yet"
+
+
+# ---------------------------------------------------------------- the gate of an epoch
+
+
+def test_at_the_gate_only_the_promising_go_on() -> None:
+    """Equal candidates stop there in the share that `GATE` standard errors stand for, and nowhere else."""
+    part = Part(3, (0.25, 0.5, 1.0), gate=0.25)
+    stopped = {0.54: 0, 0.60: 0, 0.66: 0}
+    for share in stopped:
+        for trial in range(300):
+            rng = np.random.default_rng([trial, 1])
+            rival = answers(rng, 0.60, n=800)
+            found = first_verdict(race_of({5: rival}, part), answers(rng, share, n=800), part)
+            if found is not None and found[1].rule == "unpromising":
+                assert found[0] == 0.25 and found[1].rival.number == 5
+                stopped[share] += 1
+    expected = stats.norm.cdf(-GATE)
+    assert stopped[0.60] / 300 == pytest.approx(expected, abs=0.07)
+    assert stopped[0.66] < 0.05 * 300 < 0.5 * 300 < stopped[0.54]
+    assert first_verdict(race_of({5: rival}, Part(3, (0.25, 0.5, 1.0))), answers(rng, 0.56, n=800), part) is None
+
+
+def test_with_several_objectives_one_promising_weighting_is_enough() -> None:
+    part = Part(3, (0.25, 1.0), gate=0.25)
+    rng = np.random.default_rng(9)
+    n = 2000
+    race = race_of({0: answers(rng, 0.8, 0.4, n=n), 1: answers(rng, 0.4, 0.8, n=n)}, part)
+    assert first_verdict(race, answers(rng, 0.84, 0.1, n=n), part) is None
+    found = [first_verdict(race, answers(rng, share, share, n=n), part) for share in (0.37, 0.20)]
+    assert [f[1].rule for f in found if f is not None] == ["unpromising", "beaten"]
