@@ -16,7 +16,7 @@ from evomerge.errors import ConfigError
 from evomerge.optimizers import Goal, Optimizer, Result, make
 from evomerge.optimizers._core import Exhausted, Facts
 from evomerge.optimizers._map_design import residual_point
-from evomerge.optimizers._map_front import RAYS, gain, reference_directions
+from evomerge.optimizers._map_front import RAYS, _frame, gain, reference_directions
 from evomerge.surrogate import fit
 from tests.landscapes import UNIT, Landscape, search, told, volumes
 
@@ -164,10 +164,9 @@ def test_gains_beyond_four_objectives_rank_as_the_hypervolume_does() -> None:
     rng = np.random.default_rng(0)
     reached = rng.random((12, 5)) * 0.8
     hopeful = rng.random((40, 5))
-    reference = np.vstack([reached, hopeful])
-    low = reference[front.non_dominated(reference)].min(axis=0)
-    before = front.hypervolume(reached, low - 0.1)
-    exact = [front.hypervolume(np.vstack([reached, row]), low - 0.1) - before for row in hopeful]
+    low, _ = _frame(np.vstack([hopeful, reached]))
+    before = front.hypervolume(reached, low)
+    exact = [front.hypervolume(np.vstack([reached, row]), low) - before for row in hopeful]
     assert spearmanr(gain(hopeful, reached, rng), exact).statistic > 0.85
 
 

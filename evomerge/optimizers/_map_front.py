@@ -198,10 +198,11 @@ def gain(hopeful: Array, reached: Array, rng: np.random.Generator) -> Array:
     """Return what each row of `hopeful` `(n, m)` adds to the front of `reached` `(k, m)`; `(n,)`, only ranks matter."""
     if reached.shape[1] == 1:
         return np.asarray(np.maximum(hopeful[:, 0] - reached.max(), 0.0))
-    front = reached[non_dominated(reached)]
+    many = reached.shape[1] > VOLUME
+    front = reached if many else reached[non_dominated(reached)]
     # The front as it is predicted: the one reached may still be a single point, beside which nothing would count.
     low, span = _frame(np.vstack([hopeful, front]))
-    if reached.shape[1] > VOLUME:
+    if many:
         rays = reference_directions(reached.shape[1])
         best = np.maximum(reach(front, low, span, rays).max(axis=0), 0.0)
         power = reached.shape[1]
@@ -214,8 +215,13 @@ def gain(hopeful: Array, reached: Array, rng: np.random.Generator) -> Array:
 
 
 def _frame(values: Array) -> tuple[Array, Array]:
-    """Return the reference `(m,)`, a tenth below the front's worst values so that its ends can grow, and its range."""
-    front = values[non_dominated(values)]
+    """Return the reference `(m,)`, a tenth below the front's worst values so that its ends can grow, and its range.
+
+    Above `VOLUME` objectives, where nearly everything is non-dominated, the best row of each objective stands for the
+    front (the payoff table).
+    """
+    few = values.shape[1] <= VOLUME
+    front = values[non_dominated(values) if few else np.unique(values.argmax(axis=0))]
     span = np.ptp(front, axis=0)
     span = np.where(span > 0, span, np.ptp(values, axis=0) + 1e-12)
     return np.asarray(front.min(axis=0) - 0.1 * span), np.asarray(span)

@@ -14,8 +14,8 @@ Rules, so that nobody has to guess:
 - constraints: the latest floors told; gains count by the probability that the floors are kept, and while nothing is
   predicted to keep them the predicted violation is minimised;
 - points that gave no result are not repeated, and lower the gains around them;
-- refits: with every result up to 150, then every fiftieth part of the results; above 200 coefficients (19 dimensions)
-  with every second or third result.
+- refits: with every result up to 120, then with every fortieth part of the results more; above 120 coefficients
+  (14 dimensions) with every second to sixth result.
 
 Variants: `bayesian` takes the second half of the design where the surrogates fit badly; `nested` first merges the
 experts pair by pair (`_map_nested`, with `preferences`). Both go on as `quadratic` on all data.
@@ -44,11 +44,11 @@ from evomerge.optimizers._map_design import BINS, PAPER, residual_point, sobol, 
 from evomerge.optimizers._map_front import Box, near, propose
 from evomerge.optimizers._map_nested import Nested
 from evomerge.optimum import optimum
-from evomerge.surrogate import Quadratic, fit, n_terms, terms_for
+from evomerge.surrogate import Quadratic, fit, n_terms, nearness, terms_for
 
 VARIANTS = ("quadratic", "bayesian", "nested")
-REFIT = 50
-COSTLY = 100  # coefficients: a fit of 325 takes as long as three proposals
+REFIT = 40
+COSTLY = 60  # coefficients: a fit of 325 takes as long as some proposals
 ENUMERABLE = 100_000  # points of a discrete cube up to which its end is noticed
 RECOMMENDED = 4
 
@@ -177,8 +177,10 @@ class MapSearch:
         assert self._data is not None
         if self._models is None:
             x, y, e = self._data
+            focus = nearness(y)
             self._models = tuple(
-                fit(x, y[:, j], e[:, j], lower=goal.lower, upper=goal.upper) for j, goal in enumerate(self._goals)
+                fit(x, y[:, j], e[:, j], lower=goal.lower, upper=goal.upper, focus=focus)
+                for j, goal in enumerate(self._goals)
             )
         return self._models
 
