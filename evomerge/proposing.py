@@ -12,11 +12,11 @@ import numpy as np
 
 from evomerge.commands import say
 from evomerge.errors import ConfigError, EnvironmentProblem
+from evomerge.history import History
 from evomerge.intervals import Z95, Interval, interval
 from evomerge.objectives import make_objective
 from evomerge.optimum import optimum
 from evomerge.picking import Pick, floors_of_pick
-from evomerge.racing import Race
 from evomerge.recipe import Recipe
 from evomerge.rescore import Scorer, floors_of, study_config
 from evomerge.search import oriented
@@ -49,7 +49,7 @@ def propose(study: Study, pick: Pick, *, inline: bool, allow_task_code: bool) ->
             number = _number(study, space, params, candidates, str(pick))
             candidate = study.candidate(number)
             if candidate.state != "done":
-                _evaluate(study, scorer, candidate)
+                _evaluate(scorer, space, candidate)
         finally:
             study.release()
     scores = study.scores(number, "search")
@@ -124,18 +124,18 @@ def _number(
     return number
 
 
-def _evaluate(study: Study, scorer: Scorer, candidate: Candidate) -> None:
+def _evaluate(scorer: Scorer, space: SearchSpace, candidate: Candidate) -> None:
     """Score a candidate on the whole search split, in the same parts as a search would, and record it."""
-    header = study.header
-    candidates = study.candidates()
-    ended = [c for c in candidates if c.state != "running"]
-    race = Race(header.identity["seed"], tuple(header.rungs)) if header.rungs else None
+    study, number = scorer.study, candidate.number
+    ended = [c for c in study.candidates() if c.state != "running"]
+    history = History(study, space, lambda labelled: None, wants_items=False)
+    race = history.race(number, to_the_end=True)
     size = min((c.attrs["batch_tokens"] for c in ended if "batch_tokens" in c.attrs), default=None)
     elapsed = {"elapsed_s": max((c.attrs.get("elapsed_s", 0.0) for c in ended), default=0.0)}
-    job = Job(candidate.number, candidate.recipe, ("search",), race, size)
-    for result in scorer.run([job]):
+    for result in scorer.run([Job(number, candidate.recipe, ("search",), race, size)]):
         if isinstance(result, Outcome):
-            study.finish(candidate.number, result.scores, len(ended), {**result.attrs, **elapsed})
+            attrs = history.attrs(result, to_the_end=True)
+            study.finish(number, result.scores, len(ended), {**attrs, **elapsed})
         else:
-            study.fail(candidate.number, result.reason, result.message, len(ended), elapsed)
-            raise EnvironmentProblem(f"candidate {candidate.number} has no score ({result.reason}): {result.message}")
+            study.fail(number, result.reason, result.message, len(ended), elapsed)
+            raise EnvironmentProblem(f"candidate {number} has no score ({result.reason}): {result.message}")
