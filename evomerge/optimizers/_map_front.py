@@ -84,7 +84,7 @@ def propose(
     start = known[allowed][non_dominated(reached[allowed])] if allowed.any() else known[-ELITES:]
 
     def barred(x: Array, values: Array) -> Array:
-        return _missing(models, values, floors) + (_survival(x, known, failed, box) == 0)
+        return np.asarray(_missing(models, values, floors) + (_survival(x, known, failed, box) == 0))
 
     pool = _evolve(models, start, box, barred, rng)
     pool = pool[~near(pool, np.vstack([known, failed]))]
