@@ -110,6 +110,8 @@ def run_search(
     study.release()
     finished = [c for c in study.candidates() if c.state != "running"]
     say(f"{len(finished)} candidates, {len(front_of(study, finished))} on the front")
+    for remark in filter(None, [none_feasible(study, finished), *remarks(study, finished)]):
+        say(f"note: {remark}")
     say(f"ended: {ending.why}")
     if ending.stopped:
         say(f"continue with: {command}")

@@ -102,7 +102,8 @@ def _predict(
     floors = np.maximum(floors_of(study, candidates), floors_of_pick(study, pick))
     wanted = [pick.prefer.get(name, 0.0) for name in study.header.objectives] if pick.prefer else None
     point, means, errors = optimum(models, wanted, x.min(axis=0), x.max(axis=0), scorer.config.seed, floors)
-    missed = [n for n, m, f in zip(study.header.objectives, means, floors, strict=True) if m < f - 1e-9 * abs(f)]
+    close = 1e-4 * np.ptp(values, axis=0)  # a climb ends on a floor up to its tolerance
+    missed = [name for name, short in zip(study.header.objectives, means < floors - close, strict=True) if short]
     if missed:
         say(f"note: no point is predicted to be good enough in {', '.join(missed)}: this one misses it least")
     return space.decode(point), oriented(means, ups), errors
