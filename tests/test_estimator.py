@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.estimator import FEWEST_CANDIDATES, FEWEST_ITEMS, MOST_CANDIDATES, Estimate, ItemMatrix, regress
+from evomerge.estimator import (
+    FEWEST_CANDIDATES,
+    FEWEST_ITEMS,
+    MOST_CANDIDATES,
+    PENALTIES,
+    Estimate,
+    ItemMatrix,
+    regress,
+)
 from evomerge.fidelity import Stopped
 from evomerge.history import History
 from evomerge.objectives import Scores, mean_scores
@@ -71,6 +79,33 @@ def test_the_correction_makes_a_bad_regression_harmless() -> None:
         if found is not None:
             errors.append((found.value - mine.mean()) / found.stderr)
     assert len(errors) > 150 and abs(np.mean(errors)) < 3.0 / np.sqrt(len(errors)) and 0.8 < np.std(errors) < 1.2
+
+
+def test_the_correction_is_the_mean_error_of_fits_without_each_item() -> None:
+    """The closed form against the definition: a ridge with a free intercept, fitted again for every left-out item."""
+    rng = np.random.default_rng(8)
+    answers, positions = world(rng, 7, n=120), np.arange(0, 120, 3)
+    seen, features = answers[-1][positions], answers[:-1].T
+    x = features[positions]
+    unit = ((x - x.mean(axis=0)) ** 2).sum() / x.shape[1]
+
+    def fit(rows: np.ndarray, penalty: float) -> np.ndarray:
+        design = np.column_stack([np.ones(len(rows)), x[rows]])
+        return np.linalg.solve(
+            design.T @ design + np.diag([0.0, *[penalty * unit] * x.shape[1]]), design.T @ seen[rows]
+        )
+
+    every = np.arange(len(seen))
+    found = []
+    for penalty in PENALTIES:
+        left_out = np.array([seen[i] - np.r_[1.0, x[i]] @ fit(np.delete(every, i), penalty) for i in every])
+        predicted = np.column_stack([np.ones(120), features]) @ fit(every, penalty)
+        found.append(((left_out**2).mean(), predicted.mean() + left_out.mean(), left_out.var(ddof=1)))
+    _, value, variance = min(found)
+    estimate = regress(features, seen, positions)
+    assert estimate is not None and estimate.value == pytest.approx(value, rel=1e-9)
+    expected = variance * (1 / 40 - 1 / 120) + seen.var(ddof=1) / 120
+    assert estimate.stderr == pytest.approx(np.sqrt(expected), rel=1e-9)
 
 
 def test_what_predicts_nothing_gives_no_estimate() -> None:

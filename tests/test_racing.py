@@ -255,6 +255,21 @@ def test_a_candidate_as_good_as_the_best_of_a_weighting_stops_in_at_most_the_sta
     assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
 
 
+def test_the_end_of_a_front_stops_in_at_most_the_stated_share() -> None:
+    """As good as the best in one objective and bad in the other: a single weighting stands between it and a stop."""
+    rng = np.random.default_rng(10)
+    n, wrong, trials = 2400, 0, 500
+    for _ in range(trials):
+        best = answers(rng, 0.85, 0.5, n=n)
+        race = race_of({0: best, 1: answers(rng, 0.3, 0.9, n=n)}, WHOLE)
+        moved = best[0].copy()
+        moved[rng.choice(np.flatnonzero(moved == 1.0), 60, replace=False)] = 0.0
+        equal = _with_total(rng, moved, best[0].sum())
+        found = first_verdict(race, [equal, answers(rng, 0.05, n=n)[0]], WHOLE)
+        wrong += found is not None and found[1].rule == "outweighed"
+    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
+
+
 def _with_total(rng: np.random.Generator, items: np.ndarray, total: float) -> np.ndarray:
     """0/1 items with as few changed as it takes to have this sum."""
     items = items.copy()
