@@ -179,7 +179,8 @@ class Run:
             return recommended[0] if recommended else ranked[0].weights
         anchors = [c for c in ranked if c.known][:2]
         chosen = [*recommended, *(c.weights for c in anchors), *(c.weights for c in ranked if not c.known)]
-        finalists = _distinct(chosen)[: int(np.clip(2 * allowance, 1, MOST_FINALISTS))]
+        # n finalists cost at most n / 2 + 1.5 evaluations, with two known recipes that stay to the end.
+        finalists = _distinct(chosen)[: int(np.clip(2 * allowance - 3, 2, MOST_FINALISTS))]
         return self._halved(finalists, {c.weights.tobytes() for c in anchors})
 
     def _halved(self, finalists: list[Array], known: set[bytes]) -> Array:
@@ -223,7 +224,7 @@ def allowance_at(checkpoint: float, arm: Evomerge, mode: str) -> float:
     """Evaluations that are kept for choosing, of `checkpoint` in all."""
     if mode == "front":
         return float(min(4.0, 0.1 * checkpoint))
-    return float(min(MOST_FINALISTS / 2, 0.2 * checkpoint)) if arm.guard else 0.0
+    return float(min(MOST_FINALISTS / 2 + 1.5, 0.2 * checkpoint)) if arm.guard else 0.0
 
 
 def run_evomerge(
