@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import expit, spence
 
+from evomerge.front import non_dominated
+
 Array = NDArray[np.float64]
 Terms = Literal["linear", "diagonal", "full"]
 Link = Literal["identity", "logit", "softplus"]
@@ -30,7 +32,7 @@ Link = Literal["identity", "logit", "softplus"]
 # deviations of the data): weak enough for the data, strong enough to tame the points at the box's corners. The d^2 / 2
 # products share what there is to explain, so each gets at most PRODUCTS / d. With that the full quadratic predicts
 # better than fewer terms at every number of points (measured in 3 to 24 dimensions with 16 to 400 points).
-PRIOR_SD = {"constant": 10.0, "linear": 2.0, "square": 1.0, "product": 0.5}
+PRIOR_SD = {"constant": 10.0, "linear": 2.0, "square": 1.0, "product": 0.5, "apart": 1.0, "apart square": 0.5}
 PRODUCTS = 3.0
 MAX_FULL = 26  # 378 coefficients: 60 ms for a fit to 1,000 points
 # What the quadratic itself gets wrong, as a share of the value range: no score is trusted beyond it.
@@ -38,6 +40,9 @@ MISFIT = 0.01
 # Without two bounds a broken merge can score arbitrarily badly. Scores further below the median than this many times
 # the distance from the median to the best are moved up to there: bad is all that the model has to know.
 TAIL = 4.0
+# Candidates share their items, so their scores differ by less than standard errors say. Residuals that are calmer than
+# that are believed, down to a tenth of the variance.
+CALM, CALMEST = 0.9, 0.1
 
 
 def n_terms(dim: int, terms: Terms) -> int:
@@ -57,8 +62,17 @@ def _products(dim: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.triu_indices(dim, 1)
 
 
-def features(x: Array, terms: Terms) -> Array:
-    """Return the design matrix `(n, p)`: constant, z, z^2, and for "full" the products z_i z_j, z = 2 x - 1."""
+def features(x: Array, terms: Terms, ties: Array | None = None) -> Array:
+    """Return the design matrix `(n, p)`: constant, z, z^2, and for "full" the products z_i z_j, z = 2 x - 1.
+
+    With `ties` `(d, k)`, 0/1 with one 1 per row, x lies in a finer space of which each of k coarse coordinates has
+    become several. z is then that of their means `(n, k)`, and each coordinate's deviation from its mean adds a
+    linear and a square term: the coarse model stays as it is, and what splitting adds is learned beside it.
+    """
+    if ties is not None:
+        coarse = x @ (ties / ties.sum(axis=0))
+        apart = 2.0 * (x - coarse @ ties.T)
+        return np.hstack([features(coarse, terms), apart, apart * apart])
     z = 2.0 * x - 1.0
     columns = [np.ones((len(x), 1)), z]
     if terms != "linear":
@@ -98,10 +112,15 @@ class Quadratic:
     offset: float
     scale: float
     kind: Link
+    ties: Array | None = None
+
+    def features(self, x: Array) -> Array:
+        """Return the design matrix `(n, p)` of points `(n, d)`."""
+        return features(x, self.terms, self.ties)
 
     def link(self, x: ArrayLike) -> tuple[Array, Array]:
         """Return mean and standard deviation `(n,)` of eta (logits, or standardised values)."""
-        phi = features(np.atleast_2d(np.asarray(x, dtype=np.float64)), self.terms)
+        phi = self.features(np.atleast_2d(np.asarray(x, dtype=np.float64)))
         return phi @ self.coefficients, np.linalg.norm(phi @ self.factor, axis=1)
 
     def value(self, eta: Array) -> Array:
@@ -110,7 +129,7 @@ class Quadratic:
 
     def mean(self, x: Array) -> Array:
         """Return the predicted values `(n,)` at `x` `(n, d)`, without their uncertainty."""
-        return self.value(features(x, self.terms) @ self.coefficients)
+        return self.value(self.features(x) @ self.coefficients)
 
     def predict(self, x: ArrayLike) -> tuple[Array, Array]:
         """Return mean and standard deviation `(n,)` of the values at `x` `(n, d)`.
@@ -128,6 +147,19 @@ class Quadratic:
 
     def gradient(self, x: Array) -> Array:
         """Return the gradient `(d,)` of the predicted value at one point `x` `(d,)`."""
+        b = self.coefficients
+        eta = self.features(x[None]) @ b
+        scale = self.scale * _slope(self.kind, eta) * 2.0
+        if self.ties is None:
+            return np.asarray(scale * self._quadratic_slope(x))
+        means = self.ties / self.ties.sum(axis=0)
+        coarse = x @ means
+        split = b[-2 * len(x) :]
+        apart = split[: len(x)] + 2.0 * split[len(x) :] * 2.0 * (x - self.ties @ coarse)
+        return np.asarray(scale * (means @ self._quadratic_slope(coarse) + apart - means @ (self.ties.T @ apart)))
+
+    def _quadratic_slope(self, x: Array) -> Array:
+        """Return the gradient of eta over z at one point `(d,)`."""
         dim, b = len(x), self.coefficients
         z = 2.0 * x - 1.0
         slope = b[1 : 1 + dim].copy()
@@ -136,10 +168,9 @@ class Quadratic:
         if self.terms == "full":
             rows, cols = _products(dim)
             cross = np.zeros((dim, dim))
-            cross[rows, cols] = b[1 + 2 * dim :]
+            cross[rows, cols] = b[1 + 2 * dim : 1 + 2 * dim + len(rows)]
             slope += (cross + cross.T) @ z
-        eta = features(x[None], self.terms) @ b
-        return np.asarray(self.scale * _slope(self.kind, eta) * 2.0 * slope)
+        return slope
 
 
 def fit(
@@ -150,16 +181,37 @@ def fit(
     lower: float | None = None,
     upper: float | None = None,
     terms: Terms | None = None,
+    ties: Array | None = None,
+    focus: ArrayLike | None = None,
 ) -> Quadratic:
     """Fit one objective to points `x` `(n, d)` in the unit cube.
 
     The link is logit with two bounds (`lower < upper`), softplus with one, else the identity. `stderr` `(n,)` weights
     the points; NaN means unknown and counts as the median of the known ones. `terms` defaults to `terms_for(d)`.
+    `ties` `(d, k)` as in `features`. `focus` `(n,)` in (0, 1] says how much of a point's precision counts: `nearness`.
 
     Raises:
         ValueError: no points, shapes that do not fit, or values that are not finite.
     """
-    return _fit(x, values, stderr, lower, upper, terms)[0]
+    return _fit(x, values, stderr, lower, upper, terms, ties, focus)[0]
+
+
+def nearness(values: ArrayLike) -> Array:
+    """Return for each row of values `(n, m)` how much it matters for the shape of the front: (0, 1].
+
+    A quadratic cannot be right everywhere. What the search needs is its shape near the front, so a point's weight
+    falls with the smallest step, the same share of each objective's range, that would make it non-dominated (the
+    additive epsilon indicator: Zitzler et al. 2003), in units of that step's median: e^-2 at the median, e^-6 at most.
+    """
+    y = np.asarray(values, dtype=np.float64)
+    front = y[non_dominated(y)]
+    spread = np.ptp(y, axis=0)
+    scaled, best = y / np.where(spread > 0, spread, 1.0), front / np.where(spread > 0, spread, 1.0)
+    step = np.zeros(len(y))
+    for row in best:
+        np.maximum(step, (row - scaled).min(axis=1), out=step)
+    middle = float(np.median(step[step > 0])) if (step > 0).any() else 1.0
+    return np.asarray(np.exp(-2.0 * np.minimum(step / middle, 3.0)))
 
 
 def posterior(
@@ -168,6 +220,8 @@ def posterior(
     stderr: ArrayLike | None,
     lower: float | None = None,
     upper: float | None = None,
+    ties: Array | None = None,
+    focus: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """Return mean and standard deviation `(n,)` of each candidate's true value, given all candidates' scores.
 
@@ -184,8 +238,8 @@ def posterior(
     noise = _noise(stderr, len(y))
     if len(y) < 2 * points.shape[-1] + 4 or not noise.any():
         return y.copy(), noise
-    model, target, weights = _fit(points, y, stderr, lower, upper, None)
-    phi = features(points, model.terms)
+    model, target, weights = _fit(points, y, stderr, lower, upper, None, ties, focus)
+    phi = model.features(points)
     eta = phi @ model.coefficients
     variance = (phi @ model.factor) ** 2 @ np.ones(phi.shape[1])
     leverage = np.minimum(weights * _slope(model.kind, eta) * variance, 0.99)
@@ -207,6 +261,8 @@ def _fit(
     lower: float | None,
     upper: float | None,
     terms: Terms | None,
+    ties: Array | None,
+    focus: ArrayLike | None,
 ) -> tuple[Quadratic, Array, Array]:
     """Return the surrogate, the targets `(n,)` that it was fitted to, and the weights `(n,)` of the points."""
     points, y = np.asarray(x, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -216,18 +272,24 @@ def _fit(
         raise ValueError("fit: points and values must be finite")
     kind, offset, scale, target = _standardise(y, lower, upper)
     noise = _noise(stderr, len(y)) / abs(scale)
-    chosen = terms or terms_for(points.shape[1])
-    phi = features(points, chosen)
-    prior = _prior(points.shape[1], phi.shape[1], kind, target)
+    dim = points.shape[1] if ties is None else ties.shape[1]
+    chosen = terms or terms_for(dim)
+    phi = features(points, chosen, ties)
+    prior = _prior(dim, n_terms(dim, chosen), kind, target)
+    if ties is not None:
+        share = 1.0 / (ties @ ties.sum(axis=0))  # of a coarse coordinate's effect that one of its parts may have
+        prior = np.concatenate([prior, (PRIOR_SD["apart"] * share) ** -2.0, (PRIOR_SD["apart square"] * share) ** -2.0])
     weights = _variance(kind, target) / (noise**2 + MISFIT**2)
+    if focus is not None:
+        weights = weights * np.asarray(focus, dtype=np.float64)
     beta, hessian = _newton(kind, phi, target, weights, prior, _start(kind, phi, target, weights, prior))
     dispersion = _dispersion(kind, phi, target, weights, beta, hessian)
-    if dispersion > 1.0:
-        weights = weights / dispersion
+    if dispersion > 1.0 or dispersion < CALM:
+        weights = weights / max(dispersion, CALMEST)
         beta, hessian = _newton(kind, phi, target, weights, prior, beta)
     # hessian = L L^T, so the covariance's factor is L^-T.
     factor = np.linalg.inv(np.linalg.cholesky(hessian)).T
-    return Quadratic(chosen, beta, factor, offset, scale, kind), target, weights
+    return Quadratic(chosen, beta, factor, offset, scale, kind, ties), target, weights
 
 
 def _standardise(y: Array, lower: float | None, upper: float | None) -> tuple[Link, float, float, Array]:
