@@ -206,7 +206,10 @@ def _check_what_is_shown(study: Study, count: int, first: int, shown: str) -> No
 EPOCHS = "fidelity={epochs: {share: 0.25, candidates: 4}}"
 
 
-@pytest.mark.parametrize("chosen", ["fidelity={rungs: [0.125, 0.25, 0.5, 1]}", EPOCHS], ids=["rungs", "epochs"])
+RUNGS_ALONE = "fidelity={rungs: [0.125, 0.25, 0.5, 1], epochs: off}"
+
+
+@pytest.mark.parametrize("chosen", [pytest.param(RUNGS_ALONE, marks=pytest.mark.slow), EPOCHS], ids=["rungs", "epochs"])
 def test_killed_and_resumed_with_rungs_equals_uninterrupted(texts: Path, chosen: str) -> None:
     assert search(chosen) == 0
     expected = record_of(Study.load(URL, "tiny"))
