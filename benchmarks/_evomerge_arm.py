@@ -25,8 +25,10 @@ class Evomerge:
     """An arm: which optimizer at which level, and what is left out.
 
     Attributes:
+        rotation: epochs with items of their own, where an objective has enough items for them.
         level: None is the whole cube with all its levels as facts; a name is that level alone.
-        racing: stop candidates that are beaten, with estimates.
+        matrix: estimates of stopped candidates by regression on the items of earlier ones.
+        racing: stop candidates that are beaten, with estimates; without it epochs' shares still apply.
         guard: choose on fresh items; otherwise the first recommendation is handed over.
     """
 
@@ -80,7 +82,7 @@ class Run:
 
     def __init__(self, arm: Evomerge, landscape: Landscape, meter: Meter, seed: int, budget: float) -> None:
         from evomerge.estimator import ItemMatrix
-        from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, SHARE, Schedule
+        from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, SHARE, WORTH_EPOCHS, Schedule
         from evomerge.optimizers import Goal, make
         from evomerge.racing import Rivals
 
@@ -100,7 +102,8 @@ class Run:
             "share": SHARE,
             "candidates": FEWEST_CANDIDATES,
         }
-        self._schedule = Schedule(seed, RUNGS if arm.racing else (), epochs if arm.rotation else {})
+        rotates = arm.rotation and min(map(len, meter.positions)) >= WORTH_EPOCHS  # else the whole split is cheap
+        self._schedule = Schedule(seed, RUNGS if arm.racing else (), epochs if rotates else {})
         self._items: dict[int, list[np.ndarray]] = {}
         self._rivals = Rivals(dict.fromkeys(names, True), self._items.__getitem__)
         self._matrix = ItemMatrix(self._items.__getitem__)
@@ -265,7 +268,7 @@ def _distinct(offered: Sequence[Array]) -> list[Array]:
 
 EVOMERGE: dict[str, Evomerge] = {
     "evomerge": Evomerge(),
-    "evomerge, no rotation": Evomerge(rotation=False, most=240),
+    "evomerge, no rotation": Evomerge(rotation=False, most=240, modes=("one",)),
     "evomerge, straight to groups": Evomerge("cma_es", level="groups", most=240),
     "evomerge, no matrix": Evomerge(matrix=False, most=240, modes=("one",)),
     "evomerge, no racing": Evomerge(racing=False, most=240),

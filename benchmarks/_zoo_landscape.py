@@ -115,9 +115,9 @@ class ZooLandscape:
     for layers, of what it is given: nobody knows the optimum, so no share of a gap is exact.
 
     Args:
-        kind: "model": one weight per expert, from the table (the nearest grid point); of the grid, what is missing is
-            scored (minutes). "layers": a weight per expert and decoder layer as well (the embeddings
-            move with the first layer, the last norm with the last), each merge made and scored when it is asked for.
+        kind: "model": one weight per expert; scores are those of the nearest merge in the table of `bench-fidelity`, which
+            is filled first (minutes). "layers": a weight per expert and decoder layer (the embeddings move with the
+            first layer, the last norm with the last); each merge is made and scored when it is asked for.
         folder: of the table.
     """
 
@@ -133,7 +133,7 @@ class ZooLandscape:
         self._chosen = {"search": np.sort(drawn[:150]), "validation": np.sort(drawn[150:])}
         self._tables = {"search": shared_table(folder, "search"), "truth": shared_table(folder, "test", TEST_ITEMS)}
         if kind == "model":
-            self._tables["search"].fill(LEVELS**N_EXPERTS, lambda text: print(text, file=sys.stderr, flush=True))
+            self._tables["search"].fill(MERGES, lambda text: print(text, file=sys.stderr, flush=True))
 
     def outcomes(self, weights: Array, split: str, positions: NDArray[np.intp] | None = None) -> NDArray[np.uint8]:
         """See Landscape."""
@@ -154,10 +154,11 @@ class ZooLandscape:
     def _right(self, weights: Array, name: str) -> np.ndarray:
         table = self._tables[name]
         if self._layers == 1:
-            return table.items(grid_point(weights[:, 0, 0]))
+            return table.items(self._tables["search"].nearest(weights[:, 0, 0]))
         return table.layered(weights[:, :, 0])
 
 
+MERGES = 225  # in the table, besides what else is there
 TEST_ITEMS = 500  # per task
 _SHARED: dict[tuple[Path, str], Landscape] = {}
 
