@@ -111,12 +111,12 @@ def grid_point(weights: np.ndarray) -> Point:
 class ZooLandscape:
     """Real merges of the demo zoo as a landscape of `search_efficiency.py`; a seed draws half of the search items.
 
-    The other half is for validation, and the truth is the score on test items. The oracle is the best of the table and,
-    for layers, of what it is given: nobody knows the optimum, so no share of a gap is exact.
+    The other half is for validation, and the truth is the score on test items. The best of the table stands in for the
+    oracle: nobody knows the optimum, so no share of a gap is exact.
 
     Args:
-        kind: "model": one weight per expert; scores are those of the nearest merge in the table of `bench-fidelity`, which
-            is filled first (minutes). "layers": a weight per expert and decoder layer (the embeddings move with the
+        kind: "model": one weight per expert; scores are those of the nearest merge in the table of bench-fidelity,
+            which is filled first (minutes). "layers": a weight per expert and decoder layer (the embeddings move with the
             first layer, the last norm with the last); each merge is made and scored when it is asked for.
         folder: of the table.
     """
@@ -132,8 +132,7 @@ class ZooLandscape:
         self.n_items = 150
         self._chosen = {"search": np.sort(drawn[:150]), "validation": np.sort(drawn[150:])}
         self._tables = {"search": shared_table(folder, "search"), "truth": shared_table(folder, "test", TEST_ITEMS)}
-        if kind == "model":
-            self._tables["search"].fill(MERGES, lambda text: print(text, file=sys.stderr, flush=True))
+        self._tables["search"].fill(MERGES, lambda text: print(text, file=sys.stderr, flush=True))
 
     def outcomes(self, weights: Array, split: str, positions: NDArray[np.intp] | None = None) -> NDArray[np.uint8]:
         """See Landscape."""
