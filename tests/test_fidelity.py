@@ -21,6 +21,7 @@ from evomerge.fidelity import (
     Fidelity,
     Part,
     Schedule,
+    Stopped,
     additive,
     count_at,
     epoch_of,
@@ -85,6 +86,12 @@ def test_rungs_are_read() -> None:
     both = {"rungs": [1], "epochs": {"share": 0.5, "candidates": 20}}
     assert read_fidelity(both) == Fidelity((1.0,), Epochs(0.5, 20))
     assert [share_text(s) for s in (*RUNGS, 0.3, 0.1234)] == ["1/8", "1/4", "1/2", "1", "3/10", "12.3 %"]
+
+
+def test_people_are_told_where_and_by_which_rule_a_candidate_stopped() -> None:
+    said = [str(Stopped(share, 9, {}, rule)) for share, rule in ((0.25, "beaten"), (0.5, "outweighed"))]
+    assert said == ["stopped at 1/4, beaten by #9", "stopped at 1/2, for every weighting beaten, nearest by #9"]
+    assert str(Stopped(0.015625, 9, {}, "unpromising")) == "stopped at 1/64, unpromising beside #9"
 
 
 def test_only_means_and_ratios_are_compared_item_by_item() -> None:
