@@ -116,8 +116,8 @@ class ZooLandscape:
 
     Args:
         kind: "model": one weight per expert; scores are those of the nearest merge in the table of bench-fidelity,
-            which is filled first (minutes). "layers": a weight per expert and decoder layer (the embeddings move with the
-            first layer, the last norm with the last); each merge is made and scored when it is asked for.
+            which is filled first (minutes). "layers": a weight per expert and decoder layer (the embeddings move with
+            the first layer, the last norm with the last); each merge is made and scored when it is asked for.
         folder: of the table.
     """
 
