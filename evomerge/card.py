@@ -111,7 +111,7 @@ def _choice(scores: Mapping[str, Mapping[str, Scores]], by_hand: bool) -> str:
         return "There is no validation split: the search split chose this candidate too."
     return (
         "The *validation* split chose among the candidates\nthat are statistically tied at the top of the search "
-        "split, those that the optimizer recommended and known recipes,\nby the mean over objectives, each scaled to "
+        "split, those that were recommended and known recipes,\nby the mean over objectives, each scaled to "
         "its range over the front: the simplest within one standard error\nof the best."
     )
 

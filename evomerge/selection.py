@@ -140,8 +140,8 @@ class Finalists:
 def finalists(study: Study, candidates: Sequence[Candidate]) -> Finalists:
     """The feasible candidates that are worth scoring on fresh items.
 
-    Those tied at the top of the search split (`contenders`), at most CONTENDERS; those that an optimizer recommended;
-    and the baselines, so that the winner is known to be better than what needs no search.
+    Those tied at the top of the search split (`contenders`), at most CONTENDERS; those that the optimizer or `propose`
+    recommended; and the baselines, so that the winner is known to be better than what needs no search.
     """
     prior = posterior_merits(study, candidates)
     tied = contenders(study, candidates, prior)
@@ -153,7 +153,7 @@ def finalists(study: Study, candidates: Sequence[Candidate]) -> Finalists:
     anchors = {n: c for n, c in anchors.items() if n not in {a.number for a in advised}}
     note = _tied_note(len(tied))
     if advised or anchors:
-        parts = [f"{len(advised)} that the optimizer recommended"] if advised else []
+        parts = [f"{len(advised)} recommended"] if advised else []
         parts += [f"{len(anchors)} known recipes"] if anchors else []
         note += f"; with {' and '.join(parts)} {len(chosen) + len(advised) + len(anchors)} went on to validation"
     everybody = [*chosen.values(), *advised, *anchors.values()]

@@ -125,7 +125,7 @@ def test_recommended_candidates_and_baselines_go_to_validation_too() -> None:
     found = finalists(study, study.candidates())
     assert found.candidates[0].number == 4
     assert sorted(c.number for c in found.candidates) == [0, 1, 3, 4, 5]  # not green, the second best expert, nor 6
-    assert "with 1 that the optimizer recommended and 3 known recipes 5 went on to validation" in found.note
+    assert "with 1 recommended and 3 known recipes 5 went on to validation" in found.note
 
 
 def test_infeasible_candidates_are_no_finalists() -> None:
