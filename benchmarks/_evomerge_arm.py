@@ -10,7 +10,7 @@ are kept for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class Evomerge:
     """An arm: which optimizer at which level, and what is left out.
 
     Attributes:
+        coarse: whether it is told of the coarsest level.
         rotation: epochs with items of their own, where an objective has enough items for them.
         level: None is the whole cube with all its levels as facts; a name is that level alone.
         matrix: estimates of stopped candidates by regression on the items of earlier ones.
@@ -34,6 +35,7 @@ class Evomerge:
 
     optimizer: str = "coarse_to_fine"
     level: str | None = None
+    coarse: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     rotation: bool = True
     matrix: bool = True
@@ -95,6 +97,8 @@ class Run:
         goals = [Goal(name, 0.0, 1.0) for name in names]
         start = self._unit(dict(self._known)["uniform soup"])
         facts = self._shape.facts(int(budget), arm.level)
+        if not arm.coarse:
+            facts = replace(facts, levels=facts.levels[1:])
         self._optimizer = make(arm.optimizer, dim, goals, seed, start, arm.options, facts)
         epochs = {
             "known": len(self._known),
@@ -269,7 +273,8 @@ def _distinct(offered: Sequence[Array]) -> list[Array]:
 EVOMERGE: dict[str, Evomerge] = {
     "evomerge": Evomerge(),
     "evomerge, no rotation": Evomerge(rotation=False, most=240, modes=("one",)),
-    "evomerge, straight to groups": Evomerge("cma_es", level="groups", most=240),
+    "evomerge, straight to groups": Evomerge(coarse=False, most=240),
+    "evomerge, to layers": Evomerge(options={"finest": "layers"}, most=240),
     "evomerge, no matrix": Evomerge(matrix=False, most=240, modes=("one",)),
     "evomerge, no racing": Evomerge(racing=False, most=240),
     "evomerge, no guard": Evomerge(guard=False, modes=("one",)),

@@ -198,9 +198,11 @@ class Store:
             self.save()
 
     def save(self) -> None:
-        """Write everything, or nothing."""
+        """Write everything, or nothing; what another run of this script has added meanwhile stays."""
         if self._file is None:
             return
+        if self._file.exists():
+            self.rows = {**json.loads(self._file.read_text()), **self.rows}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         scratch = self._file.with_suffix(".tmp")
         scratch.write_text(json.dumps(self.rows))
