@@ -236,7 +236,8 @@ def posterior(
     """
     points, y = np.asarray(x, dtype=np.float64), np.asarray(values, dtype=np.float64)
     noise = _noise(stderr, len(y))
-    if len(y) < 2 * points.shape[-1] + 4 or not noise.any():
+    dim = points.shape[-1] if ties is None else ties.shape[1]
+    if len(y) < 2 * dim + 4 or not noise.any():
         return y.copy(), noise
     model, target, weights = _fit(points, y, stderr, lower, upper, None, ties, focus)
     phi = model.features(points)

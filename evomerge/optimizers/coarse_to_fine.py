@@ -1,0 +1,311 @@
+"""The portfolio: reduce the dimension first, then the noise, then choose the optimizer, and open finer levels by gain.
+
+Stages, each with a proposer of its own, on the nested levels of the space (`Facts.levels`):
+
+1. model: one coordinate per expert and parameter, by `map` (the known recipes are its first results);
+2. operator: a race over the categories, if the space has any (`_operators`);
+3. groups, and what lies between it and `finest`: up to `SURROGATE_DIM` coordinates the coarse surrogate extended by
+   deviations (`_tied`), above that CMA-ES around the best point so far;
+4. shift: up to three points of the front become basis vectors of a small space that `map` searches. They are points of
+   the same cube, so what is found there is still a recipe of the original experts;
+5. all of the above in turn.
+
+A stage ends when its last results (four per worker, and as many as it has dimensions) raised the hypervolume of the
+posterior means by less than `GAIN`; so a stage that keeps gaining is never cut off. With fewer than `FEW` evaluations
+in all, the first stage (and the race, where there are categories) is everything. From the second stage on, a tenth of
+the proposals goes to the coarse level and a twentieth to crossover of complementary parents.
+
+Guard: what a finer level recommends is passed on only if its best candidate beats the coarse level's best on items
+that did not choose it: one half of the items picks among the finer candidates, the other compares, in pairs, and the
+mean gain has to exceed its standard error. The choice of the winner is guarded again, on the validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evomerge import registry
+from evomerge.errors import ConfigError, Problem
+from evomerge.front import hypervolume, non_dominated
+from evomerge.optimizers._core import Array, Exhausted, Facts, Goal, Level, Recommendation, Result, rng_for, usable
+from evomerge.optimizers._guard import Guard
+from evomerge.optimizers._levels import Arm, facts_on, settled, ties
+from evomerge.optimizers._operators import OperatorRace
+from evomerge.optimizers._tied import TiedSearch
+from evomerge.optimizers.cma_es import CmaEs
+from evomerge.optimizers.crossover import Crossover
+from evomerge.optimizers.map import MapSearch
+from evomerge.surrogate import posterior
+
+GAIN = 0.005
+FEW = 60
+CHECKED = 4  # results between two looks at whether a stage still gains
+SURROGATE_DIM = 120
+SIGMA = 0.08  # of CMA-ES on levels above that
+COARSE_SHARE, CROSSED_SHARE = 0.1, 0.05
+VECTORS = 3
+OVERHANG = 0.2  # of a basis vector's weight below 0 and above 1
+OPERATOR = "operator"
+
+
+class CoarseToFine:
+    """The default portfolio; any number of objectives.
+
+    Args (options):
+        finest: the level to which the search may descend; "groups" where the space has it, else its last level up to
+            there. `smooth` and `layers` have to be asked for: they seldom pay.
+    """
+
+    wants_items = True
+
+    def __init__(
+        self,
+        dim: int,
+        goals: Sequence[Goal],
+        seed: int,
+        start: Array,
+        *,
+        finest: str | None = None,
+        facts: Facts | None = None,
+    ) -> None:
+        """See `make`."""
+        self._dim, self._goals, self._seed, self._start = dim, tuple(goals), seed, start.copy()
+        self._facts = facts or Facts.plain(dim)
+        self._levels = _levels(self._facts, finest)
+        few = self._facts.evaluations is not None and self._facts.evaluations < FEW
+        self._waiting = [level for level in self._levels[1:] if not few or level.name == OPERATOR]
+        self._shifts = not few and len(self._waiting) > 0
+        self._told: list[Result] = []
+        self._rows: dict[int, int] = {}
+        self._race: OperatorRace | None = None
+        first = settled(self._levels[0], self._facts.categorical, start)
+        self._coarse = self._map(first)
+        self._arms = [self._coarse]  # every search that is still told, coarse to fine
+        self._stage = first.name
+        self._since = 0  # results since the stage began
+        self._turns = False  # the last stage: all arms in turn
+        finest_level = settled(self._levels[-1], self._facts.categorical, start)
+        self._crossing = self._crossover(finest_level)
+        self._guard = Guard(len(goals), seed)
+
+    # ---------------------------------------------------------------- history
+
+    def tell(self, result: Result) -> None:
+        """Pass the result on to every level that holds it; a stage may end with it."""
+        self._guard.tell(result, coarse=result.x is not None and self._coarse.level.project(result.x) is not None)
+        kept = Result(result.number, result.x, result.values, result.stderr, result.floors)
+        self._crossing.tell(result)
+        self._pass_on(kept)
+        if usable(kept, self._dim, len(self._goals)) is None:
+            return
+        row = self._rows.setdefault(kept.number, len(self._told))
+        self._told[row : row + 1] = [kept]
+        self._since += 1
+        if self._race is not None and not self._turns:
+            self._run_race()
+        elif not self._turns and self._since % CHECKED == 0 and self._has_settled():
+            self._advance()
+
+    def _pass_on(self, result: Result) -> None:
+        for arm in self._arms:
+            arm.tell(result)
+        if self._race is not None:
+            self._race.tell(result)
+
+    def _has_settled(self) -> bool:
+        """Whether the stage's last results gained next to nothing."""
+        level = self._arms[-1].level
+        patience = max(8, 4 * self._facts.workers, level.dim + 4)
+        if self._since < patience + (level.dim + 6 if len(self._arms) == 1 else 0):
+            return False
+        values, reference = self._posterior(level)
+        if len(values) <= patience:
+            return False
+        before, now = (hypervolume(v, reference) for v in (values[:-patience], values))
+        return now <= 0.0 or now - before < GAIN * now
+
+    def _posterior(self, level: Level) -> tuple[Array, Array]:
+        """Posterior means `(n, m)` of the results in a level, in the order told, and a reference point `(m,)`.
+
+        The reference is the unmerged base where it is known, else the medians.
+        """
+        inside = [(r, z) for r in self._told if r.x is not None and (z := level.project(r.x)) is not None]
+        inside = inside[-RECENT:]
+        x = np.array([z for _, z in inside])
+        y, e = _table([r for r, _ in inside], len(self._goals))
+        means = np.column_stack(
+            [
+                posterior(x, y[:, j], e[:, j], goal.lower, goal.upper, ties(self._coarse.level, level))[0]
+                for j, goal in enumerate(self._goals)
+            ]
+        )
+        zero = self._facts.zero
+        base = [i for i, (r, _) in enumerate(inside) if zero is not None and r.x is not None and np.allclose(r.x, zero)]
+        return means, means[base[0]] if base else np.median(means, axis=0)
+
+    # ---------------------------------------------------------------- stages
+
+    def _advance(self) -> None:
+        self._since = 0
+        if self._waiting:
+            level = self._waiting.pop(0)
+            self._stage = level.name
+            if level.name == OPERATOR:
+                self._open_race(level)
+            else:
+                self._open(settled(level, self._facts.categorical, self._best(1)[0]))
+        elif self._shifts:
+            self._shifts = False
+            self._stage = "shift"
+            self._open_shift()
+        else:
+            self._turns, self._stage = True, "all levels in turn"
+
+    def _open(self, level: Level) -> None:
+        tied = ties(self._coarse.level, level)
+        facts = facts_on(self._facts, level)
+        seed = self._seed + len(self._arms)
+        best = self._best(1)[0]
+        z = level.project(best)
+        middle = z if z is not None else np.full(level.dim, 0.5)
+        if tied is not None and level.dim <= SURROGATE_DIM:
+            arm = Arm(level, TiedSearch(level.dim, self._goals, seed, middle, ties=tied, facts=facts))
+            for result in self._told:
+                arm.tell(result)
+        else:
+            # Earlier results would move the start away from the best point: they lie on coarser levels only.
+            arm = Arm(level, CmaEs(level.dim, self._goals, seed, middle, sigma0=SIGMA, facts=facts))
+        self._arms.append(arm)
+
+    def _open_race(self, level: Level) -> None:
+        self._race = OperatorRace(level, self._goals, self._seed, self._start, self._best(2), self._facts)
+        for result in self._told:
+            self._race.tell(result)
+
+    def _run_race(self) -> None:
+        """End a full round; the last survivor becomes the coarse level of the stages that follow."""
+        race = self._race
+        assert race is not None
+        while race.round_is_full and not race.settled:
+            tables = [self._posterior(arm.level) for arm in race.arms]
+            reference = np.min([reference for _, reference in tables], axis=0)
+            race.finish_round([hypervolume(means, reference) for means, _ in tables])
+        if race.settled:
+            self._race = None
+            self._coarse = race.arms[0]
+            self._arms = [self._coarse]
+            x = self._coarse.level.embed(np.full(self._coarse.level.dim, 0.5))
+            self._crossing = self._crossover(settled(self._levels[-1], self._facts.categorical, x))
+            for result in self._told:
+                self._crossing.tell(result)
+            self._advance()
+
+    def _open_shift(self) -> None:
+        """Search the span of some points of the front, beginning with all that is known to lie in it."""
+        zero, points = self._facts.zero, self._best(VECTORS)
+        if zero is None or len(points) < 2:
+            self._advance()
+            return
+        vectors = (points - zero).T
+        matrix = (1.0 + 2.0 * OVERHANG) * vectors
+        origin = zero - OVERHANG * vectors.sum(axis=1)
+        if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+            self._advance()
+            return
+        arm = self._map(Level("shift", matrix, origin))
+        for result in self._told:
+            arm.tell(result)
+        self._arms.append(arm)
+
+    def _map(self, level: Level) -> Arm:
+        z = level.project(self._start)
+        middle = z if z is not None else np.full(level.dim, 0.5)
+        facts = facts_on(self._facts, level)
+        return Arm(level, MapSearch(level.dim, self._goals, self._seed + level.dim, middle, facts=facts))
+
+    def _crossover(self, level: Level) -> Arm:
+        z = level.project(self._start)
+        middle = z if z is not None else np.full(level.dim, 0.5)
+        return Arm(level, Crossover(level.dim, self._goals, self._seed, middle, facts=facts_on(self._facts, level)))
+
+    def _best(self, count: int) -> Array:
+        """Up to `count` points `(n, d)` of the finest level so far: the best mean, then the most different ones."""
+        level = self._arms[-1].level
+        inside = [r for r in self._told if r.x is not None and level.project(r.x) is not None][-RECENT:]
+        if not inside:
+            return self._start[None]
+        means, _ = self._posterior(level)
+        floors = self._told[-1].floors
+        if floors is not None:
+            short = np.maximum(np.where(np.isfinite(floors), floors - means, 0.0), 0.0).sum(axis=1)
+            means = np.where((short <= short.min())[:, None], means, np.nan)
+        rows = np.flatnonzero(non_dominated(means))
+        spread = np.ptp(means[rows], axis=0) if len(rows) > 1 else np.ones(means.shape[1])
+        scaled = means[rows] / np.where(spread > 0, spread, 1.0)
+        chosen = [int(np.argmax(scaled.mean(axis=1)))]
+        while len(chosen) < min(count, len(rows)):
+            away = np.min([np.abs(scaled - scaled[i]).sum(axis=1) for i in chosen], axis=0)
+            chosen.append(int(np.argmax(away)))
+        return np.array([inside[rows[i]].x for i in chosen])
+
+    # ---------------------------------------------------------------- proposals
+
+    def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
+        """Return a proposal of the stage's search, or sometimes of another part of the portfolio.
+
+        Raises:
+            Exhausted: every point of the levels that may be searched has been tried.
+        """
+        chance = float(rng_for(self._seed, number).random())
+        if self._race is not None:
+            return self._race.ask(number, pending)
+        arms = list(self._arms)
+        if self._turns:
+            turn = number % len(arms)
+            arms = [*arms[turn + 1 :], *arms[: turn + 1]]
+        elif len(arms) > 1 and chance < COARSE_SHARE:
+            arms = [*arms[1:], arms[0]]
+        if len(self._arms) > 1 and COARSE_SHARE <= chance < COARSE_SHARE + CROSSED_SHARE:
+            arms.append(self._crossing)
+        for arm in reversed(arms):
+            try:
+                return arm.ask(number, pending)
+            except Exhausted as error:
+                ended = error
+        if self._waiting or self._shifts:  # a coarse level of cells is done before it has settled
+            return self._crossing.ask(number, pending)
+        raise ended
+
+    def recommend(self) -> Sequence[Recommendation]:
+        """Return the optimum of a finer level if the guard lets it pass, then those of the coarse one."""
+        coarse = self._coarse.recommend()
+        finer = [found for arm in reversed(self._arms[1:]) for found in arm.recommend()[:1]]
+        return [*finer, *coarse] if self._guard.passes() else [*coarse, *finer[:1]]
+
+
+RECENT = 1000  # results that a stage looks at when it asks whether it still gains
+
+
+def _levels(facts: Facts, finest: str | None) -> list[Level]:
+    names = [level.name for level in facts.levels]
+    if finest is None:
+        last = names.index("groups") if "groups" in names else len(names) - 1
+    elif finest in names:
+        last = names.index(finest)
+    else:
+        problem = Problem(f"the space has no level {finest!r}", "optimizer.finest", f"it has {', '.join(names)}")
+        raise ConfigError.of([problem], "the optimizer's options")
+    return list(facts.levels[: last + 1])
+
+
+def _table(results: Sequence[Result], n_goals: int) -> tuple[Array, Array]:
+    """Values and standard errors `(n, m)`."""
+    values = np.array([r.values for r in results], dtype=np.float64).reshape(-1, n_goals)
+    unknown = np.full(n_goals, np.nan)
+    errors = [unknown if r.stderr is None else np.asarray(r.stderr, dtype=np.float64) for r in results]
+    return values, np.array(errors).reshape(-1, n_goals)
+
+
+registry.register("optimizers", "coarse_to_fine", CoarseToFine)
