@@ -12,8 +12,9 @@ Stages, each with a proposer of its own, on the nested levels of the space (`Fac
 
 A stage ends when its last results (four per worker, and as many as it has dimensions) raised the hypervolume of the
 posterior means by less than `GAIN`; so a stage that keeps gaining is never cut off. With fewer than `FEW` evaluations
-in all, the first stage (and the race, where there are categories) is everything. From the second stage on, a tenth of
-the proposals goes to the coarse level and a twentieth to crossover of complementary parents.
+in all, the first stage (and the race, where there are categories) is everything. Once a finer level is open, half of
+the proposals still go to the coarse one, which keeps adding to the front of several objectives where finer ones do
+not, and a twentieth to crossover of complementary parents.
 
 Guard: what a finer level recommends is passed on only if its best candidate beats the coarse level's best on items
 that did not choose it: one half of the items picks among the finer candidates, the other compares, in pairs, and the
@@ -44,7 +45,7 @@ FEW = 60
 CHECKED = 4  # results between two looks at whether a stage still gains
 SURROGATE_DIM = 120
 SIGMA = 0.08  # of CMA-ES on levels above that
-COARSE_SHARE, CROSSED_SHARE = 0.1, 0.05
+COARSE_SHARE, CROSSED_SHARE = 0.5, 0.05
 VECTORS = 3
 OVERHANG = 0.2  # of a basis vector's weight below 0 and above 1
 OPERATOR = "operator"
