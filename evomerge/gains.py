@@ -111,13 +111,14 @@ class Report:
         lead, p_value = found[0].test.lead, found[0].p_value
         merit = "" if len(self.rows) == 1 else f" in the {MEAN.replace(',', ' of the')} objectives"
         said = f"{signed(lead)}{merit}"
+        p = f"p = {p_value:.2g} after Holm's correction for {len(self.tests)} tests"
         if p_value <= LEVEL and lead.value > 0:
-            said += f", p = {p_value:.2g}"
+            said += f", {p}"
             return f"search gained something: on the test split {ours} leads {self.named_baseline} by {said}"
         if p_value <= LEVEL:
-            said += f", p = {p_value:.2g}"
+            said += f", {p}"
             return f"search added nothing: on the test split {ours} is worse than {self.named_baseline}, by {said}"
-        told = "single numbers cannot be tested" if math.isnan(p_value) else f"p = {p_value:.2g}"
+        told = "single numbers cannot be tested" if math.isnan(p_value) else p
         return (
             f"search added nothing that the test split can tell: {ours} against {self.named_baseline} is {said}, {told}"
         )
