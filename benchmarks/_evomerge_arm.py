@@ -30,6 +30,7 @@ class Evomerge:
         level: None is the whole cube with all its levels as facts; a name is that level alone.
         matrix: estimates of stopped candidates by regression on the items of earlier ones.
         racing: stop candidates that are beaten, with estimates; without it epochs' shares still apply.
+        simplest: of those within a standard error of the best on fresh items take the simplest; otherwise the best.
         guard: choose on fresh items; otherwise the first recommendation is handed over.
     """
 
@@ -41,6 +42,7 @@ class Evomerge:
     matrix: bool = True
     racing: bool = True
     guard: bool = True
+    simplest: bool = True
     modes: tuple[str, ...] = ("one", "front")
     most: float = np.inf
     seeds: int | None = None
@@ -212,6 +214,8 @@ class Run:
                     for place, i in enumerate(alive)
                     if _lead(seen[i], seen[alive[0]], 1.96) >= 0.0 and (place < half or finalists[i].tobytes() in known)
                 ]
+        if not self._arm.simplest:
+            return finalists[alive[0]]
         near = [i for i in alive if _lead(seen[i], seen[alive[0]], 1.0) >= 0.0]
         sizes = {i: 0 if finalists[i].tobytes() in known else complexity(finalists[i]) for i in near}
         return finalists[min(near, key=lambda i: (sizes[i], alive.index(i)))]
@@ -278,6 +282,7 @@ EVOMERGE: dict[str, Evomerge] = {
     "evomerge, no matrix": Evomerge(matrix=False, most=240, modes=("one",)),
     "evomerge, no racing": Evomerge(racing=False, most=240),
     "evomerge, no guard": Evomerge(guard=False, modes=("one",)),
+    "evomerge, no simplicity rule": Evomerge(simplest=False, most=240, modes=("one",)),
     "map, model": Evomerge("map", level="model", most=240),
     "cma_es, model": Evomerge("cma_es", level="model", modes=("one",)),
     "cma_es, layers": Evomerge("cma_es", level="layers", modes=("one",)),
