@@ -1,7 +1,7 @@
 """What a merge method is: a function of `Inputs` whose annotated keywords are its genes.
 
     @method("ties", source="Yadav et al. 2023, arXiv 2306.01708")
-    def ties(x: Inputs, *, weight: Annotated[PerExpert, Range(0, 1.5)] = 1.0, ...) -> Tensor:
+    def ties(x: Inputs, *, weight: Annotated[PerExpert, Range(0, 1.2)] = 1.0, ...) -> Tensor:
 
 The keywords are at once the YAML keys (a trailing underscore is stripped: `lambda_` is "lambda"),
 the default search ranges and the documentation. A method never writes to its inputs. It may

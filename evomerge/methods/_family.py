@@ -9,7 +9,7 @@ from evomerge.methods._inputs import Inputs
 from evomerge.methods._ranges import EXTENSION, PerExpert, Range
 from evomerge.methods._sparsify import Kind, Sparsify
 
-Weight = Annotated[PerExpert, Range(0.0, 1.5)]
+Weight = Annotated[PerExpert, Range(0.0, 1.2)]
 Density = Annotated[PerExpert, Range(0.05, 1.0, limits=(0.0, 1.0))]
 Lambda = Annotated[float, Range(0.3, 2.5)]
 Rescale = bool | Literal["inv_prob", "l1", "l2", "none"]

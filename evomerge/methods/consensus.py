@@ -15,7 +15,7 @@ from evomerge.methods import Inputs, PerExpert, Range, keep_largest, method
 def consensus(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
+    weight: Annotated[PerExpert, Range(0.0, 1.2)] = 1.0,
     mask_lambda: Annotated[PerExpert, Range(0.2, 0.6, limits=(0.0, 1000.0))] = 0.4,
     k: Annotated[int, Range(1, 3, limits=(0, 1000))] = 2,
     vote: PerExpert = 1.0,

@@ -20,8 +20,8 @@ from evomerge.methods._stages import weighted_sum
 def cpt_instruction(
     x: Inputs,
     *,
-    cpt_weight: Annotated[float, Range(0.0, 1.5)] = 1.0,
-    instruction_weight: Annotated[float, Range(0.0, 1.5)] = 1.0,
+    cpt_weight: Annotated[float, Range(0.0, 1.2)] = 1.0,
+    instruction_weight: Annotated[float, Range(0.0, 1.2)] = 1.0,
 ) -> Tensor:
     """The base plus its continued pre-training on a domain plus its instruction tuning: b + c d_cpt + a d_inst.
 

@@ -47,7 +47,7 @@ class _Cut:
 def doge(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
+    weight: Annotated[PerExpert, Range(0.0, 1.2)] = 1.0,
     lambda_: Annotated[float, Range(0.3, 2.5)] = 1.0,
     keep: Annotated[float, Range(0.1, 1.0, limits=(0.0, 1.0))] = 0.3,
     eta: Annotated[float, Range(0.1, 1.0, limits=(0.0, 100.0))] = 0.3,

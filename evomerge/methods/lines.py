@@ -14,7 +14,7 @@ from evomerge.methods._stages import weighted_sum
 def lines(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
+    weight: Annotated[PerExpert, Range(0.0, 1.2)] = 1.0,
     lambda_: Annotated[float, Range(0.0, 1.5)] = 1.0,
     lines_alpha: Annotated[float, Range(0.0, 1.0), EXTENSION] = 1.0,
     lines_beta: Annotated[float, Range(0.0, 1.5), EXTENSION] = 0.5,

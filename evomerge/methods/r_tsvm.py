@@ -26,7 +26,7 @@ class _Statistics:
 def r_tsvm(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
+    weight: Annotated[PerExpert, Range(0.0, 1.2)] = 1.0,
     lambda_: Annotated[float, Range(0.3, 2.0)] = 1.0,
     rank: Annotated[float, Range(0.2, 1.0, limits=(0.0, 1.0))] = 1.0,
     outlier: Annotated[float, Range(0.0, 1.0, limits=(0.0, 1.0))] = 1.0,

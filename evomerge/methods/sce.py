@@ -16,7 +16,7 @@ def sce(
     x: Inputs,
     *,
     select_topk: Annotated[float, Range(0.02, 1.0, log=True, limits=(0.0, 1.0))] = 1.0,
-    weight: Annotated[PerExpert, Range(0.0, 1.5), EXTENSION] = 1.0,
+    weight: Annotated[PerExpert, Range(0.0, 1.2), EXTENSION] = 1.0,
     lambda_: Annotated[float, Range(0.5, 1.5), EXTENSION] = 1.0,
     sum_scope: Annotated[Literal["selected", "all"], EXTENSION] = "selected",
 ) -> Tensor:

@@ -14,7 +14,7 @@ from evomerge.methods._spectral import equal_rank, mean, rebuilt, stack
 def tsv_m(
     x: Inputs,
     *,
-    weight: Annotated[PerExpert, Range(0.0, 1.5)] = 1.0,
+    weight: Annotated[PerExpert, Range(0.0, 1.2)] = 1.0,
     lambda_: Annotated[float, Range(0.3, 2.0)] = 1.0,
     rank: Annotated[float, Range(0.2, 1.0, limits=(0.0, 1.0))] = 1.0,
     heads: bool = False,
