@@ -149,7 +149,8 @@ def _cells(arm: str, curve: Curves, default: Curves | None, mode: str, shown: Se
         cells += [_number(curve.needed(share), 0) for share in SHARES]
     ended = np.flatnonzero(np.isfinite(curve.true).all(axis=0))
     last = int(ended[-1]) if len(ended) else 0
-    cells.append(_number(scale * _mean((curve.claimed - curve.true)[:, last]), digits, "+"))
+    optimism = (curve.claimed - curve.true)[:, last]  # a recommendation may have no score of its own
+    cells.append(_number(scale * _mean(optimism[np.isfinite(optimism)]), digits, "+"))
     for c in _compared(shown):
         if default is None or arm == DEFAULT:
             cells.append("")
