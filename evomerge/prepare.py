@@ -122,15 +122,16 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         doubts.append(Problem(f"no candidate is stopped early: {why_none}", config.where("fidelity"), hint))
     if why_no_epochs and config.fidelity.epochs:
         doubts.append(Problem(f"there are no epochs: {why_no_epochs}", config.where("fidelity"), "leave out `epochs:`"))
+    optimizer = _optimizer_name(config, space)
     return Prepared(
         config=config,
         space=space,
         objectives=tuple(objectives),
-        header=_header(config, overrides, opened, objectives, worker, rungs, epochs),
+        header=_header(config, overrides, opened, objectives, worker, rungs, epochs, optimizer),
         known=tuple(known),
         worker=worker,
         constraints=constraints,
-        summary=summary_of(config, opened, objectives, space, worker, len(known), changes, _optimizer_name(config))
+        summary=summary_of(config, opened, objectives, space, worker, len(known), changes, optimizer)
         | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"}
         | {"epochs": _epochs_text(epochs) or f"off{': ' if why_no_epochs else ''}{why_no_epochs}"},
         warnings=(*doubts, *(_placed(config, p) for p in warnings)),
@@ -273,13 +274,16 @@ def _placed(config: StudyConfig, problem: Problem) -> Problem:
     return Problem(problem.message, f"{line}: {label}", problem.hint)
 
 
-def _optimizer_name(config: StudyConfig) -> str:
-    """The study's own choice, or the quadratic surrogate for several objectives and CMA-ES for one."""
-    return config.optimizer or ("map" if len(config.objectives) > 1 else "cma_es")
+def _optimizer_name(config: StudyConfig, space: SearchSpace) -> str:
+    """The study's own choice; else the portfolio for nested spaces and single objectives, `map` for what is left."""
+    if config.optimizer is not None:
+        return config.optimizer
+    nested = len(space.facts().levels) > 1
+    return "coarse_to_fine" if nested or len(config.objectives) == 1 else "map"
 
 
 def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Objective], workers: int) -> Optimizer:
-    name = _optimizer_name(config)
+    name = _optimizer_name(config, space)
     goals = []
     for objective in objectives:
         lower, upper = objective.bounds
@@ -376,6 +380,7 @@ def _header(
     worker: WorkerSpec,
     rungs: tuple[float, ...],
     epochs: dict[str, Any],
+    optimizer: str,
 ) -> Header:
     identity = {
         "base": config.base,
@@ -383,7 +388,7 @@ def _header(
         "weights": {label: c.digest() for label, c in opened.items()},
         "space": {k: v for k, v in config.space.items() if k != "description"},
         "objectives": {o.name: o.fingerprint() for o in objectives},
-        "optimizer": {"name": _optimizer_name(config), **config.optimizer_options},
+        "optimizer": {"name": optimizer, **config.optimizer_options},
         "seed": config.seed,
         "known_recipes": config.known_recipes,
     }
