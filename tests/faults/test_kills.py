@@ -30,6 +30,7 @@ from tests.conftest import study_rows
 URL = "sqlite:///runs/tiny/ledger.db"
 STAGES = ("proposing", "recording", "merging", "scoring", "finishing", "telling")
 OVERRIDES = ("optimizer=map", "budget.evaluations=16")
+OTHERS = ("coarse_to_fine", "cma_es", "crossover", "gp", "nsga2", "tpe", "random")
 
 
 def run_forked(overrides: tuple[str, ...], fault: str = "", kill_after_s: float | None = None) -> int:
@@ -101,7 +102,7 @@ def uninterrupted(family: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
     before = Path.cwd()
     found = {}
-    for optimizer in ("map", "cma_es", "nsga2", "tpe", "random"):
+    for optimizer in ("map", *OTHERS):
         folder = tmp_path_factory.mktemp(optimizer) / "work"
         shutil.copytree(family, folder)
         os.chdir(folder)
@@ -119,7 +120,7 @@ def test_a_kill_at_each_stage(work: Path, uninterrupted: dict[str, Any], stage: 
     check_record(uninterrupted["map"])
 
 
-@pytest.mark.parametrize("optimizer", ["cma_es", "nsga2", "tpe", "random"])
+@pytest.mark.parametrize("optimizer", OTHERS)
 def test_every_optimizer_continues_exactly(work: Path, uninterrupted: dict[str, Any], optimizer: str) -> None:
     overrides = (f"optimizer={optimizer}", OVERRIDES[1])
     assert run_forked(overrides, fault="telling:12") == -signal.SIGKILL
