@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from evomerge.study import Candidate, Study
 __all__ = ["MEAN", "Comparison", "Report", "Row", "best_known", "report", "signed"]
 
 MEAN = "mean, scaled"  # over objectives, each scaled as for the choice of the winner
-LEVEL = 0.05  # of all tests of a report together
+LEVEL = 0.05  # of the tests of merit together
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Comparison:
 
     Attributes:
         kind: "best expert" or "best standard recipe".
-        p_value: corrected over all tests of the report (Holm); NaN where nothing can be tested.
+        p_value: corrected (Holm) over the report's tests of merit, or over those of objectives; NaN: cannot be tested.
     """
 
     kind: str
@@ -111,7 +111,8 @@ class Report:
         lead, p_value = found[0].test.lead, found[0].p_value
         merit = "" if len(self.rows) == 1 else f" in the {MEAN.replace(',', ' of the')} objectives"
         said = f"{signed(lead)}{merit}"
-        p = f"p = {p_value:.2g} after Holm's correction for {len(self.tests)} tests"
+        count = sum(t.name == self.rows[-1].name for t in self.tests)
+        p = f"p = {p_value:.2g}" + (f" after Holm's correction for {count} tests" if count > 1 else "")
         if p_value <= LEVEL and lead.value > 0:
             said += f", {p}"
             return f"search gained something: on the test split {ours} leads {self.named_baseline} by {said}"
@@ -145,7 +146,9 @@ class Report:
     @property
     def corrected(self) -> str:
         """How the p-values were corrected."""
-        return f"two-sided, paired, p-values corrected over all {len(self.tests)} by Holm's method"
+        merit = sum(t.name == self.rows[-1].name for t in self.tests)
+        said = f"two-sided, paired, p-values corrected by Holm's method: over the {merit} of merit, which decide"
+        return said + (f", and over the {len(self.tests) - merit} of objectives" if merit < len(self.tests) else "")
 
 
 def report(study: Study, candidates: Sequence[Candidate], candidate: Candidate) -> Report | None:
@@ -178,7 +181,11 @@ def _tests(
     ours: dict[str, list[Scores]],
     weighted: dict[str, np.ndarray],
 ) -> tuple[Comparison, ...]:
-    """The candidate against each baseline that is scored on test and is another recipe, in every row."""
+    """The candidate against each baseline that is scored on test and is another recipe, in every row.
+
+    The tests of merit answer the question that was asked beforehand, whether the search gained anything; those of
+    single objectives explain. So each kind is a family of its own.
+    """
     found = []
     for kind, baseline in baselines(study, candidates).items():
         theirs = _stored(study, baseline).get("test")
@@ -187,8 +194,9 @@ def _tests(
         for name, weights in weighted.items():
             test = lead_test(_used(ours["test"], weights), _used(theirs, weights), weights[weights != 0])
             found.append(Comparison(kind, baseline, name, test, test.p_value))
-    corrected = holm([c.p_value for c in found])
-    return tuple(Comparison(c.kind, c.baseline, c.name, c.test, p) for c, p in zip(found, corrected, strict=True))
+    merit = list(weighted)[-1]
+    families = {decides: holm([c.p_value for c in found if (c.name == merit) is decides]) for decides in (True, False)}
+    return tuple(replace(c, p_value=families[c.name == merit].pop(0)) for c in found)
 
 
 def signed(gain: Interval) -> str:

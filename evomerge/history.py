@@ -35,12 +35,14 @@ class History:
     Attributes:
         finished: fingerprint -> the first candidate with that recipe, or the first that was scored in full.
         failures_in_a_row: at the end of the study.
+        recommended: (dim,) points that optimizers recommended, and that have scores.
         copies_in_a_row: candidates whose recipe was known already, at the end of the study.
     """
 
     def __init__(self, study: Study, space: SearchSpace, floors: Floors, *, wants_items: bool) -> None:
         header = study.header
         self.finished: dict[str, Candidate] = {}
+        self.recommended: list[np.ndarray] = []
         self.failures_in_a_row = 0
         self.copies_in_a_row = 0
         self._schedule = Schedule(header.identity.get("seed", 0), tuple(header.rungs), header.epochs)
@@ -56,6 +58,8 @@ class History:
         """Remember an ended candidate; later ones have to beat those that were scored in full."""
         self.failures_in_a_row = self.failures_in_a_row + 1 if candidate.state == "failed" else 0
         self.copies_in_a_row = self.copies_in_a_row + 1 if "same_as" in candidate.attrs else 0
+        if candidate.source is not None and candidate.values is not None and candidate.params:
+            self.recommended.append(self._space.encode(candidate.params))
         held = self.finished.get(candidate.fingerprint)
         if held is not None and (held.state != "stopped" or candidate.state != "done"):
             return

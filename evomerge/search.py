@@ -32,6 +32,7 @@ __all__ = ["Budget", "Ending", "Event", "Search", "oriented"]
 HOPELESS = 10  # so many failures in a row, and nothing else, end a search
 REPEATS = 100  # so many proposals in a row that were known already, and none in flight, end one too
 CONFIRMED = 4  # candidates at the end of a budget that the optimizer recommends, at most ...
+ALIKE = 0.02  # of a range: a recommendation so near an earlier one in every coordinate is the same wish
 CONFIRMED_SHARE = 0.1  # ... this share of what the budget leaves beside the known recipes
 
 
@@ -179,12 +180,13 @@ class Search:
         searched = self.budget.evaluations - len(self.known)
         if self.budget.evaluations - self._count > min(CONFIRMED, int(searched * CONFIRMED_SHARE)):
             return None
-        flying = {recipe.fingerprint for recipe in self._in_flight.values()}
+        scored = [*self._history.recommended, *(self._points[n] for n in self._sources if n in self._points)]
         for found in self.optimizer.recommend():
             params = self.space.decode(found.x)
-            fingerprint = self.space.recipe(params).fingerprint
-            held = self._history.finished.get(fingerprint)
-            if fingerprint not in flying and (held is None or held.state == "stopped"):
+            if any(np.abs(self.space.encode(params) - x).max() < ALIKE for x in scored):
+                continue
+            held = self._history.finished.get(self.space.recipe(params).fingerprint)
+            if held is None or held.state == "stopped":
                 return params, found.why
         return None
 
