@@ -197,11 +197,15 @@ def _speed_verdict(landscape: str, curves: dict[str, Curves], evaluations: float
     found = ratio(np.arange(len(mine.seeds)))
     low, high = np.percentile([ratio(i) for i in _resampled(len(mine.seeds))[:1000]], [2.5, 97.5])
     own, other = mine.needed(SHARE_TARGET), theirs.needed(SHARE_TARGET)
+    last = int(np.flatnonzero(np.isfinite(theirs.true).all(axis=0))[-1])
+    reached = np.flatnonzero(mine.true.mean(axis=0) >= theirs.true[:, last].mean())
+    passed = f"{CHECKPOINTS[reached[0]]}" if len(reached) else "–"
     more = "at least " if np.isinf(other) and np.isfinite(own) else ""
     return [
         f"{landscape}: evaluations to {SHARE_TARGET:.0%} of the gap: {_number(own, 0)}, mergekit-evolve's settings "
         f"{_number(other, 0)} (– is never within {evaluations:g}): {more}{found:.1f} times fewer "
-        f"[{low:.1f}, {high:.1f}], target {TIMES_FEWER:g}: {_met(found >= TIMES_FEWER)}"
+        f"[{low:.1f}, {high:.1f}], target {TIMES_FEWER:g}: {_met(found >= TIMES_FEWER)}. "
+        f"What they reach at {CHECKPOINTS[last]} takes {passed}"
     ]
 
 

@@ -52,7 +52,9 @@ def main() -> None:
             for mode in options.modes:
                 for arm in options.arms:
                     key = f"{landscape}|{mode}|{arm}|{seed}"
-                    if not wanted(ARMS[arm], mode, seed) or store.has(key, options.evaluations, options.items):
+                    if not wanted(ARMS[arm], mode, seed):
+                        continue
+                    if not options.again and store.has(key, options.evaluations, options.items):
                         continue
                     place = place or Place.of(landscape, seed, options.items)
                     say(f"{key} ...")
@@ -223,6 +225,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=float, help="of the whole search split (default 800)")
     parser.add_argument("--items", type=int, default=400, help="per task, of the search split")
     parser.add_argument("--small", action="store_true", help="few seeds and evaluations: about a minute")
+    parser.add_argument("--again", action="store_true", help="run the arms even where their results are kept")
     parser.add_argument("--out", type=Path, help="where results are kept")
     options = parser.parse_args()
     options.seeds = options.seeds or (2 if options.small else 10)
