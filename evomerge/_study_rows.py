@@ -41,6 +41,7 @@ class Header:
         workers: when the study was started; optimizers size their generations by it ever after.
         rungs: shares of the search items after which a candidate may be stopped, the last is 1; empty: no stopping.
         epochs: rotating subsets of the items, as the arguments of `fidelity.epoch_of`; empty: none.
+        coarse: gene -> the coordinate of the space's coarsest level that it is part of, if it is part of one.
     """
 
     identity: dict[str, Any]
@@ -51,6 +52,7 @@ class Header:
     workers: int = 1
     rungs: Sequence[float] = ()
     epochs: Mapping[str, Any] = field(default_factory=dict)
+    coarse: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         config=config,
         space=space,
         objectives=tuple(objectives),
-        header=_header(config, overrides, opened, objectives, worker, rungs, epochs, optimizer),
+        header=_header(config, overrides, opened, objectives, worker, rungs, epochs, optimizer, _coarse(space)),
         known=tuple(known),
         worker=worker,
         constraints=constraints,
@@ -372,6 +372,13 @@ def _storage_problems(config: StudyConfig) -> list[Problem]:
     return []
 
 
+def _coarse(space: SearchSpace) -> dict[str, int]:
+    """The coordinate of the coarsest level that each gene is tied to, for those that are tied to one alone."""
+    matrix = space.facts().levels[0].matrix
+    tied = [(gene.name, np.flatnonzero(row)) for gene, row in zip(space.genes, matrix, strict=True)]
+    return {name: int(at[0]) for name, at in tied if len(at) == 1}
+
+
 def _header(
     config: StudyConfig,
     overrides: tuple[str, ...],
@@ -381,6 +388,7 @@ def _header(
     rungs: tuple[float, ...],
     epochs: dict[str, Any],
     optimizer: str,
+    coarse: dict[str, int],
 ) -> Header:
     identity = {
         "base": config.base,
@@ -409,4 +417,4 @@ def _header(
     }
     directions = {o.name: o.maximize for o in objectives}
     count = config.workers.local or config.workers.ray or 1
-    return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs), epochs)
+    return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs), epochs, coarse)

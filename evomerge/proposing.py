@@ -22,7 +22,7 @@ from evomerge.rescore import Scorer, floors_of, study_config
 from evomerge.search import oriented
 from evomerge.space import Natural, SearchSpace, known_recipes
 from evomerge.study import Candidate, Study
-from evomerge.surrogate import fit
+from evomerge.surrogate import fit, nearness
 from evomerge.weights import Checkpoint
 from evomerge.worker import Job, Outcome
 
@@ -81,16 +81,22 @@ def _require_known(study: Study, space: SearchSpace, candidates: list[Candidate]
 def _predict(
     study: Study, space: SearchSpace, candidates: list[Candidate], pick: Pick, scorer: Scorer
 ) -> tuple[dict[str, Natural], np.ndarray, np.ndarray]:
-    """The recipe's genes, and predicted values with their errors, in the objectives' own directions."""
-    told = [c for c in candidates if c.params and (c.values or c.estimate)]
+    """The recipe's genes, and predicted values with their errors, in the objectives' own directions.
+
+    Of nested spaces the coarsest is asked: its few coordinates are what a quadratic knows well.
+    """
+    level = space.facts().levels[0]
+    points = [(c, level.project(space.encode(c.params))) for c in candidates if c.params and (c.values or c.estimate)]
+    inside = [(c, z) for c, z in points if z is not None]
+    told = [c for c, _ in inside]
     ups = list(study.header.objectives.values())
-    if len(told) < space.dim + 2:
+    if len(told) < level.dim + 2:
         raise ConfigError(
-            f"the study has {len(told)} results inside its space, and a prediction in {space.dim} dimensions needs "
-            f"{space.dim + 2}",
+            f"the study has {len(told)} results inside its space, and a prediction in {level.dim} dimensions needs "
+            f"{level.dim + 2}",
             hint="search on, with a larger budget",
         )
-    x = np.array([space.encode(c.params or {}) for c in told])
+    x = np.array([z for _, z in inside])
     values = oriented([list(c.values or c.estimate or ()) for c in told], ups)
     stderr = np.array([c.stderr or c.estimate_stderr for c in told], dtype=np.float64)
     models = []
@@ -98,7 +104,7 @@ def _predict(
         low, high = make_objective(spec).bounds
         if not up:
             low, high = (None if high is None else -high), (None if low is None else -low)
-        models.append(fit(x, values[:, j], stderr[:, j], lower=low, upper=high))
+        models.append(fit(x, values[:, j], stderr[:, j], lower=low, upper=high, focus=nearness(values)))
     floors = np.maximum(floors_of(study, candidates), floors_of_pick(study, pick))
     wanted = [pick.prefer.get(name, 0.0) for name in study.header.objectives] if pick.prefer else None
     point, means, errors = optimum(models, wanted, x.min(axis=0), x.max(axis=0), scorer.config.seed, floors)
@@ -106,7 +112,7 @@ def _predict(
     missed = [name for name, short in zip(study.header.objectives, means < floors - close, strict=True) if short]
     if missed:
         say(f"note: no point is predicted to be good enough in {', '.join(missed)}: this one misses it least")
-    return space.decode(point), oriented(means, ups), errors
+    return space.decode(level.embed(point)), oriented(means, ups), errors
 
 
 def _number(

@@ -16,6 +16,7 @@ import numpy as np
 
 from evomerge.config import StudyConfig
 from evomerge.errors import ConfigError, EnvironmentProblem
+from evomerge.history import oriented
 from evomerge.intervals import Z95, is_share, leads
 from evomerge.objectives import Scores
 from evomerge.recipe import Conditional, Recipe
@@ -31,7 +32,7 @@ from evomerge.rescore import (
 )
 from evomerge.rounds import NAMES, WHOLE
 from evomerge.study import Candidate, Study
-from evomerge.surrogate import posterior
+from evomerge.surrogate import nearness, posterior
 
 CONTENDERS = 16  # so many tied candidates, at most, go on: each costs a pass over a part of the validation split
 RECOMMENDED = 8  # and so many that an optimizer recommended
@@ -201,7 +202,8 @@ def posterior_merits(study: Study, candidates: Sequence[Candidate]) -> dict[int,
     The luck of one score is not shared by its neighbours (`surrogate.posterior`). Candidates that were stopped early
     inform the surrogate; recipes outside the space keep their own values. Genes are scaled to their range over the
     candidates, those that span a factor of 100 by their logarithm, and choices become one column each: the stored rows
-    suffice, so that looking at a study reads no models.
+    suffice, so that looking at a study reads no models. Genes that nested spaces tie together keep one scale, and the
+    surrogate knows them as parts of one coordinate.
     """
     done = eligible(candidates)
     if not done:
@@ -210,33 +212,50 @@ def posterior_merits(study: Study, candidates: Sequence[Candidate]) -> dict[int,
     shrunk = {c.number: np.array(c.values, dtype=np.float64) for c in done}
     told = [c for c in candidates if c.params and (c in done or c.estimate is not None)]
     if told:
-        x = _points([c.params or {} for c in told])
+        x, ties = _points([c.params or {} for c in told], study.header.coarse)
         values = np.array([c.values or c.estimate for c in told], dtype=np.float64)
         errors = np.array([c.stderr or c.estimate_stderr for c in told], dtype=np.float64)
         ends = _bounds(study, done[0])
+        ups = list(study.header.objectives.values())
+        good = oriented(values, ups)
+        focus = nearness(good)
         for j in range(values.shape[1] if x.shape[1] else 0):
-            means, _ = posterior(x, values[:, j], errors[:, j], *ends[j])
+            low, high = ends[j] if ups[j] else tuple(None if end is None else -end for end in reversed(ends[j]))
+            means, _ = posterior(x, good[:, j], errors[:, j], low, high, ties=ties, focus=focus)
             for c, mean in zip(told, means, strict=True):
                 if c.number in shrunk:
-                    shrunk[c.number][j] = mean
+                    shrunk[c.number][j] = mean if ups[j] else -mean
     return {number: float(np.dot(values, weights)) for number, values in shrunk.items()}
 
 
-def _points(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(N, d) points in the unit cube; genes that never vary have no column."""
-    columns = []
+def _points(rows: Sequence[Mapping[str, Any]], coarse: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(N, d) points in the unit cube, and (d, k) which column is part of which coarser one; None if each is its own.
+
+    Genes that never vary, nor those tied to them, have no column.
+    """
+    numbers: dict[str, np.ndarray] = {}
+    columns: dict[Any, list[np.ndarray]] = {}  # by the coordinate that they are part of
     for name in rows[0]:
         cells = [row.get(name) for row in rows]
         if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in cells):
-            numbers = np.array(cells, dtype=np.float64)
-            if numbers.min() > 0 and numbers.max() >= 100 * numbers.min():
-                numbers = np.log(numbers)
-            if np.ptp(numbers) > 0:
-                columns.append((numbers - numbers.min()) / np.ptp(numbers))
+            numbers[name] = np.array(cells, dtype=np.float64)
         else:
             kinds = sorted({str(v) for v in cells})
-            columns += [np.array([float(str(v) == kind) for v in cells]) for kind in kinds[1:]]
-    return np.stack(columns, axis=1) if columns else np.empty((len(rows), 0))
+            columns |= {(name, kind): [np.array([float(str(v) == kind) for v in cells])] for kind in kinds[1:]}
+    groups: dict[Any, list[np.ndarray]] = {}
+    for name, own in numbers.items():
+        groups.setdefault(coarse.get(name, name), []).append(own)
+    for key, members in groups.items():
+        table = np.stack(members)
+        if table.min() > 0 and table.max() >= 100 * table.min():
+            table = np.log(table)
+        if np.ptp(table) > 0:
+            columns[key] = list((table - table.min()) / np.ptp(table))
+    if not columns:
+        return np.empty((len(rows), 0)), None
+    sizes = [len(members) for members in columns.values()]
+    ties = np.repeat(np.eye(len(sizes)), sizes, axis=0) if max(sizes) > 1 else None
+    return np.stack([own for members in columns.values() for own in members], axis=1), ties
 
 
 def _bounds(study: Study, candidate: Candidate) -> list[tuple[float | None, float | None]]:
