@@ -284,7 +284,8 @@ def _fit(
     if focus is not None:
         weights = weights * np.asarray(focus, dtype=np.float64)
     beta, hessian = _newton(kind, phi, target, weights, prior, _start(kind, phi, target, weights, prior))
-    dispersion = _dispersion(kind, phi, target, weights, beta, hessian)
+    counted = float(len(y) if focus is None else np.sum(focus))
+    dispersion = _dispersion(kind, phi, target, weights, beta, hessian, counted)
     if dispersion > 1.0 or dispersion < CALM:
         weights = weights / max(dispersion, CALMEST)
         beta, hessian = _newton(kind, phi, target, weights, prior, beta)
@@ -393,12 +394,15 @@ def _newton(kind: Link, phi: Array, y: Array, weights: Array, precision: Array, 
     return beta, hessian
 
 
-def _dispersion(kind: Link, phi: Array, y: Array, weights: Array, beta: Array, hessian: Array) -> float:
-    """Return how much larger the residuals are than the weights say (Pearson's chi^2 per degree of freedom)."""
+def _dispersion(kind: Link, phi: Array, y: Array, weights: Array, beta: Array, hessian: Array, counted: float) -> float:
+    """Return how much larger the residuals are than the weights say (Pearson's chi^2 per degree of freedom).
+
+    `counted` is the number of points, those out of focus as the share of them that counts.
+    """
     eta = phi @ beta
     variance = np.maximum(_slope(kind, eta), 1e-4)
     residual = (y - _inverse_link(kind, eta)) ** 2 / variance
     # trace of the hat matrix: the degrees of freedom that the fit really used
     used = float(np.sum(cho_solve(cho_factor(hessian), (phi.T * (weights * variance))) * phi.T))
-    free = len(y) - used
+    free = counted - used
     return float(weights @ residual / free) if free > 1.0 else 1.0
