@@ -172,11 +172,14 @@ class Run:
 
     def ranked(self) -> list[Candidate]:
         """The candidates scored in full by the mean of their posterior means, best first."""
-        from evomerge.surrogate import posterior
+        from evomerge.surrogate import nearness, posterior
 
         done = self.candidates
         x, y, e = (np.array([getattr(c, part) for c in done]) for part in ("x", "values", "stderr"))
-        merit = np.mean([posterior(x, y[:, j], e[:, j], 0.0, 1.0)[0] for j in range(y.shape[1])], axis=0)
+        coarse = np.linalg.pinv(self._ties) @ self._shape.ties("model")
+        ties = coarse if coarse.shape[1] < coarse.shape[0] else None
+        shrunk = [posterior(x, y[:, j], e[:, j], 0.0, 1.0, ties=ties, focus=nearness(y))[0] for j in range(y.shape[1])]
+        merit = np.mean(shrunk, axis=0)
         return [done[i] for i in np.argsort(-merit, kind="stable") if done[i].whole]
 
     # ---------------------------------------------------------------- what is handed over
