@@ -74,7 +74,7 @@ def test_a_curve_has_named_control_points_and_becomes_a_gradient() -> None:
 
 
 @QUIET
-@given(st.lists(st.floats(0, 1.5), min_size=4, max_size=4), st.integers(4, 9))
+@given(st.lists(st.floats(0, 1.2), min_size=4, max_size=4), st.integers(4, 9))
 def test_a_curve_is_piecewise_linear_over_the_depth(points: list[float], n_layers: int) -> None:
     made = space(arithmetic({"curve": 4, "per_expert": False}), n_layers)
     params = {f"weight.C{k}": round(value, 4) for k, value in enumerate(points)}
