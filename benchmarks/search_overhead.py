@@ -5,8 +5,8 @@
     python benchmarks/search_overhead.py --results 40 --rounds 2        # seconds: does it run?
 
 Each row is one optimizer with one number of dimensions d and of objectives m. It is told `results` results, most of
-them random points and some of its own, then asked and told `rounds` times in the steady state of a busy search: a tell
-of the oldest pending point, then an ask with the others. The time is CPU time of the controller, and a candidate's is
+them random points (half of those in a coarse level) and some of its own, then asked and told `rounds` times in the
+steady state of a busy search: a tell of the oldest pending point, then an ask with the others. The time is CPU time of the controller, and a candidate's is
 that of both together; the table has the median and the slowest tenth. Values are noisy peaks that conflict with each
 other, with a floor under the first where `--floors` is given. Memory is what Python and numpy hold for the optimizer
 (tracemalloc) after the results, and how much more after as many again: an optimizer that keeps windows stops growing.
@@ -84,13 +84,18 @@ class Problem:
     """Noisy values in (0, 1) of m conflicting peaks along the diagonal of the cube."""
 
     def __init__(self, dim: int, m: int, floors: bool) -> None:
-        self.dim, self.m = dim, m
+        self.dim, self.m, self.count = dim, m, 0
+        self.coarse = facts(dim, 1, 1).levels[0]
         self.rng = np.random.default_rng([dim, m])
         self.peaks = np.linspace(0.2, 0.8, m) if m > 1 else np.array([0.35])
         self.floors = np.r_[0.5, np.full(m - 1, -np.inf)] if floors else None
 
     def point(self) -> np.ndarray:
-        return self.rng.random(self.dim) * self.rng.random()
+        """A random point; every second one lies in the coarse level."""
+        self.count += 1
+        level = self.coarse.dim if self.count % 2 else self.dim
+        z = self.rng.random(level) * self.rng.random()
+        return self.coarse.embed(z) if self.count % 2 else z
 
     def result(self, number: int, x: np.ndarray) -> Result:
         true = np.array([np.exp(-((x - peak) ** 2).mean() * 4) for peak in self.peaks])

@@ -46,7 +46,7 @@ class Guard:
         if result.x is None or result.items is None or violation(values, result.floors) > 0:
             return
         items = tuple(np.asarray(part, dtype=np.float32) for part in result.items)
-        if any(part.ndim != 1 or len(part) < 2 for part in items):
+        if len(items) != len(values) or any(part.ndim != 1 or len(part) < 2 for part in items):
             return
         store = self._coarse if coarse else self._fine
         store[:] = [kept for kept in store if kept.number != result.number]

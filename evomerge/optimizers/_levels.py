@@ -13,15 +13,20 @@ from evomerge.optimizers._core import Array, Facts, Level, Optimizer, Recommenda
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """An optimizer that sees a level's own cube; points of the whole cube are projected, and back."""
+    """An optimizer that sees a level's own cube; points of the whole cube are projected, and back.
+
+    Attributes:
+        inner: (k,) a point of the level that lies in the whole cube unclipped; None: the middle does.
+    """
 
     level: Level
     search: Optimizer
+    inner: Array | None = None
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
         """Return a point `(d,)` of the whole cube."""
         inside = [z for x in pending if (z := self.level.project(x)) is not None]
-        return self.level.embed(self.search.ask(number, inside))
+        return self._embed(self.search.ask(number, inside))
 
     def tell(self, result: Result) -> None:
         """Pass on a result that lies in the level."""
@@ -36,7 +41,21 @@ class Arm:
         """Return the search's recommendations as points of the whole cube."""
         if not isinstance(self.search, Recommends):
             return []
-        return [Recommendation(self.level.embed(r.x), f"{r.why}, {self.level.name}") for r in self.search.recommend()]
+        return [Recommendation(self._embed(r.x), f"{r.why}, {self.level.name}") for r in self.search.recommend()]
+
+    def _embed(self, z: Array) -> Array:
+        """Return the point `(d,)` of the cube for z, or where the way to it from the inner point leaves the cube.
+
+        Clipped to the cube instead, a point would mostly lie outside the level, and its result never reach the search.
+        """
+        inner = np.full(self.level.dim, 0.5) if self.inner is None else self.inner
+        begin, end = (self.level.origin + self.level.matrix @ point for point in (inner, z))
+        out = np.maximum(end - 1.0, -end)
+        if (out > 1e-9).any():
+            room = np.where(end > 1.0, 1.0 - begin, begin)
+            share = float(np.min((room / np.maximum(room + out, 1e-12))[out > 0.0]))
+            z = inner + max(0.0, share) * (z - inner)
+        return self.level.embed(z)
 
 
 def owners(level: Level) -> NDArray[np.intp]:
@@ -58,10 +77,18 @@ def facts_on(facts: Facts, level: Level) -> Facts:
     )
 
 
+def size(facts: Facts) -> float:
+    """Return of how many points the cube consists; infinite if a coordinate is continuous."""
+    return float(np.prod(facts.cells, dtype=np.float64)) if facts.cells.all() else np.inf
+
+
 def settled(level: Level, categorical: NDArray[np.bool_], x: Array) -> Level:
-    """Return the level without its categorical coordinates, which keep their values at the point `x` `(d,)`."""
+    """Return the level without its categorical coordinates, which keep their values at the point `x` `(d,)`.
+
+    A level of categories only stays as it is: there is nothing else to search.
+    """
     keep = ~categorical[owners(level)]
-    if keep.all():
+    if keep.all() or not keep.any():
         return level
     z = level.project(x)
     chosen = x if z is None else level.embed(np.where(keep, 0.0, z))

@@ -13,8 +13,8 @@ from itertools import product
 
 import numpy as np
 
-from evomerge.optimizers._core import Array, Facts, Goal, Level, Result
-from evomerge.optimizers._levels import Arm, facts_on, owners, settled
+from evomerge.optimizers._core import Array, Exhausted, Facts, Goal, Level, Result
+from evomerge.optimizers._levels import Arm, facts_on, owners, settled, size
 from evomerge.optimizers.map import MapSearch
 
 MOST = 12  # combinations; with more, each category is changed alone
@@ -34,6 +34,7 @@ class OperatorRace:
         """`start` `(d,)` holds the categories so far, `incumbents` `(n, d)` the best points, of the whole cube."""
         self._quota = level.dim + 4
         self._round = 1
+        self._most: list[float] = []  # points that a combination consists of
         self.arms: list[Arm] = []
         self._first: list[Array] = []
         self._seen: list[set[int]] = []
@@ -47,6 +48,7 @@ class OperatorRace:
             self.arms.append(Arm(own, search))
             self._first.append(np.array(tried).reshape(-1, len(start)))
             self._seen.append(set())
+            self._most.append(size(facts_on(facts, own)))
 
     @property
     def settled(self) -> bool:
@@ -63,14 +65,22 @@ class OperatorRace:
                 seen.add(result.number)
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
-        """Return a point of the combination with the fewest results, those that are pending included."""
+        """Return a point of the combination with the fewest results, those that are pending included.
+
+        Raises:
+            Exhausted: every point of every combination has been tried or is pending.
+        """
         counts = []
         for arm, seen in zip(self.arms, self._seen, strict=True):
             counts.append(len(seen) + sum(arm.level.project(x) is not None for x in pending))
-        index = int(np.argmin(counts))
-        if counts[index] < len(self._first[index]):
-            return np.array(self._first[index][counts[index]])
-        return self.arms[index].ask(number, pending)
+        for index in np.argsort(counts, kind="stable"):
+            if counts[index] < len(self._first[index]):
+                return np.array(self._first[index][counts[index]])
+            try:
+                return self.arms[int(index)].ask(number, pending)
+            except Exhausted as error:
+                ended = error
+        raise ended
 
     def finish_round(self, scores: Sequence[float]) -> None:
         """Drop the worse half of the survivors; `scores` are theirs, larger is better."""
@@ -78,12 +88,14 @@ class OperatorRace:
         self.arms = [self.arms[i] for i in order]
         self._first = [self._first[i] for i in order]
         self._seen = [self._seen[i] for i in order]
+        self._most = [self._most[i] for i in order]
         self._round += 1
 
     @property
     def round_is_full(self) -> bool:
-        """Whether every survivor has the results of this round."""
-        return all(len(seen) >= self._quota * self._round for seen in self._seen)
+        """Whether every survivor has the results of this round, or of all its points if it has not so many."""
+        wanted = self._quota * self._round
+        return all(len(seen) >= min(wanted, most) for seen, most in zip(self._seen, self._most, strict=True))
 
 
 def _combinations(level: Level, facts: Facts, start: Array) -> list[Array]:

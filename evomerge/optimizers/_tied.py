@@ -41,15 +41,16 @@ class TiedSearch(MapSearch):
         rng = rng_for(self._seed, number)
         known = np.array([*self._x, *pending]).reshape(-1, self._dim)
         failed = np.array(self._failed).reshape(-1, self._dim)
+        taken = np.vstack([known, failed])
         if self._data is None:
-            return np.array(self._whole.snap(sobol(self._dim, self._seed, number)[None])[0])
+            return self._new(self._whole.snap(sobol(self._dim, self._seed, number)[None])[0], taken, number)
         front = self._front()
         box = self._around(front[rng.integers(len(front))])
         if rng.random() >= self._explore:
             proposal = propose(self._fit(), known, failed, box, self._floors, self._optimism, rng)
             if proposal is not None:
                 return proposal
-        return self._new(box.scale(sobol(self._dim, self._seed, number)[None])[0], np.vstack([known, failed]), number)
+        return self._new(box.scale(sobol(self._dim, self._seed, number)[None])[0], taken, number)
 
     def recommend(self) -> Sequence[Recommendation]:
         """Return the point with the best mean of objectives, each scaled to the front, less its uncertainty."""

@@ -24,15 +24,27 @@ mean gain has to exceed its standard error. The choice of the winner is guarded 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
 from evomerge.front import hypervolume, non_dominated
-from evomerge.optimizers._core import Array, Exhausted, Facts, Goal, Level, Recommendation, Result, rng_for, usable
+from evomerge.optimizers._core import (
+    Array,
+    Exhausted,
+    Facts,
+    Goal,
+    Level,
+    Recommendation,
+    Result,
+    rng_for,
+    usable,
+    violation,
+)
 from evomerge.optimizers._guard import Guard
-from evomerge.optimizers._levels import Arm, facts_on, settled, ties
+from evomerge.optimizers._levels import Arm, facts_on, settled, size, ties
 from evomerge.optimizers._operators import OperatorRace
 from evomerge.optimizers._tied import TiedSearch
 from evomerge.optimizers.cma_es import CmaEs
@@ -77,7 +89,8 @@ class CoarseToFine:
         self._levels = _levels(self._facts, finest)
         few = self._facts.evaluations is not None and self._facts.evaluations < FEW
         self._waiting = [level for level in self._levels[1:] if not few or level.name == OPERATOR]
-        self._shifts = not few and len(self._waiting) > 0
+        self._finite = bool(self._facts.cells.all())
+        self._shifts = not few and len(self._waiting) > 0 and not self._finite
         self._told: list[Result] = []
         self._rows: dict[int, int] = {}
         self._race: OperatorRace | None = None
@@ -86,6 +99,7 @@ class CoarseToFine:
         self._arms = [self._coarse]  # every search that is still told, coarse to fine
         self._stage = first.name
         self._since = 0  # results since the stage began
+        self._tried: set[bytes] = set()  # points of a cube of cells, failed ones included
         self._turns = False  # the last stage: all arms in turn
         finest_level = settled(self._levels[-1], self._facts.categorical, start)
         self._crossing = self._crossover(finest_level)
@@ -96,17 +110,19 @@ class CoarseToFine:
     def tell(self, result: Result) -> None:
         """Pass the result on to every level that holds it; a stage may end with it."""
         self._guard.tell(result, coarse=result.x is not None and self._coarse.level.project(result.x) is not None)
-        kept = Result(result.number, result.x, result.values, result.stderr, result.floors)
         self._crossing.tell(result)
-        self._pass_on(kept)
-        if usable(kept, self._dim, len(self._goals)) is None:
-            return
-        row = self._rows.setdefault(kept.number, len(self._told))
-        self._told[row : row + 1] = [kept]
-        self._since += 1
-        if self._race is not None and not self._turns:
+        self._pass_on(replace(result, items=None))
+        known = usable(result, self._dim, len(self._goals))
+        if known is not None and not self._turns:  # who would open another search is gone by then
+            floors = None if result.floors is None else np.array(result.floors, dtype=np.float64)
+            row = self._rows.setdefault(result.number, len(self._told))
+            self._told[row : row + 1] = [Result(result.number, *known, floors)]
+            self._since += 1
+        if self._finite and not self._turns and result.x is not None:
+            self._tried.add(np.round(result.x, 3).tobytes())
+        if self._race is not None:
             self._run_race()
-        elif not self._turns and self._since % CHECKED == 0 and self._has_settled():
+        elif not self._turns and (self._is_spent() or (known is not None and self._has_settled())):
             self._advance()
 
     def _pass_on(self, result: Result) -> None:
@@ -115,8 +131,17 @@ class CoarseToFine:
         if self._race is not None:
             self._race.tell(result)
 
+    def _is_spent(self) -> bool:
+        """Whether the stage's level consists of cells, and each has been tried."""
+        level = self._arms[-1].level
+        if not self._finite or len(self._tried) < (points := size(facts_on(self._facts, level))):
+            return False
+        return sum(level.project(np.frombuffer(x)) is not None for x in self._tried) >= points
+
     def _has_settled(self) -> bool:
         """Whether the stage's last results gained next to nothing."""
+        if self._since % CHECKED:
+            return False
         level = self._arms[-1].level
         patience = max(8, 4 * self._facts.workers, level.dim + 4)
         if self._since < patience + (level.dim + 6 if len(self._arms) == 1 else 0):
@@ -132,8 +157,9 @@ class CoarseToFine:
 
         The reference is the unmerged base where it is known, else the medians.
         """
-        inside = [(r, z) for r in self._told if r.x is not None and (z := level.project(r.x)) is not None]
-        inside = inside[-RECENT:]
+        inside = self._inside(level)
+        if not inside:
+            return np.empty((0, len(self._goals))), np.zeros(len(self._goals))
         x = np.array([z for _, z in inside])
         y, e = _table([r for r, _ in inside], len(self._goals))
         means = np.column_stack(
@@ -145,6 +171,17 @@ class CoarseToFine:
         zero = self._facts.zero
         base = [i for i, (r, _) in enumerate(inside) if zero is not None and r.x is not None and np.allclose(r.x, zero)]
         return means, means[base[0]] if base else np.median(means, axis=0)
+
+    def _inside(self, level: Level) -> list[tuple[Result, Array]]:
+        """The newest results that lie in a level, with their points there, in the order told."""
+        found: list[tuple[Result, Array]] = []
+        for result in reversed(self._told):
+            z = None if result.x is None else level.project(result.x)
+            if z is not None:
+                found.append((result, z))
+            if len(found) == RECENT:
+                break
+        return found[::-1]
 
     # ---------------------------------------------------------------- stages
 
@@ -163,6 +200,7 @@ class CoarseToFine:
             self._open_shift()
         else:
             self._turns, self._stage = True, "all levels in turn"
+            self._told, self._rows, self._tried = [], {}, set()
 
     def _open(self, level: Level) -> None:
         tied = ties(self._coarse.level, level)
@@ -191,8 +229,9 @@ class CoarseToFine:
         assert race is not None
         while race.round_is_full and not race.settled:
             tables = [self._posterior(arm.level) for arm in race.arms]
-            reference = np.min([reference for _, reference in tables], axis=0)
-            race.finish_round([hypervolume(means, reference) for means, _ in tables])
+            references = [reference for means, reference in tables if len(means)]
+            reference = np.min(references, axis=0) if references else np.zeros(len(self._goals))
+            race.finish_round([self._worth(means, reference) for means, _ in tables])
         if race.settled:
             self._race = None
             self._coarse = race.arms[0]
@@ -203,19 +242,37 @@ class CoarseToFine:
                 self._crossing.tell(result)
             self._advance()
 
+    def _worth(self, means: Array, reference: Array) -> float:
+        """The hypervolume of the means `(n, m)` that keep the floors; below 0 if none does, -inf if there are none."""
+        short = self._short(means)
+        if not len(means):
+            return -np.inf
+        return -float(short.min()) if short.min() > 0.0 else hypervolume(means[short <= 0.0], reference)
+
+    def _short(self, means: Array) -> Array:
+        """By how much each row of means `(n, m)` misses the latest floors, summed `(n,)`."""
+        floors = self._told[-1].floors if self._told else None
+        return np.array([violation(row, floors) for row in means])
+
     def _open_shift(self) -> None:
         """Search the span of some points of the front, beginning with all that is known to lie in it."""
-        zero, points = self._facts.zero, self._best(VECTORS)
-        if zero is None or len(points) < 2:
+        points = self._best(VECTORS)
+        if self._facts.zero is None or len(points) < 2:
             self._advance()
             return
+        # The base is the base under any operator; that of the best point keeps the span inside one operator.
+        zero = np.where(self._facts.categorical, points[0], self._facts.zero)
         vectors = (points - zero).T
         matrix = (1.0 + 2.0 * OVERHANG) * vectors
         origin = zero - OVERHANG * vectors.sum(axis=1)
         if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
             self._advance()
             return
-        arm = self._map(Level("shift", matrix, origin))
+        level = Level("shift", matrix, origin)
+        facts = replace(facts_on(self._facts, level), cells=np.zeros(level.dim, dtype=np.intp))
+        mean = np.full(level.dim, (1.0 / level.dim + OVERHANG) / (1.0 + 2.0 * OVERHANG))
+        search = MapSearch(level.dim, self._goals, self._seed + level.dim, mean, facts=facts)
+        arm = Arm(level, search, inner=mean)
         for result in self._told:
             arm.tell(result)
         self._arms.append(arm)
@@ -234,14 +291,12 @@ class CoarseToFine:
     def _best(self, count: int) -> Array:
         """Up to `count` points `(n, d)` of the finest level so far: the best mean, then the most different ones."""
         level = self._arms[-1].level
-        inside = [r for r in self._told if r.x is not None and level.project(r.x) is not None][-RECENT:]
+        inside = self._inside(level)
         if not inside:
             return self._start[None]
         means, _ = self._posterior(level)
-        floors = self._told[-1].floors
-        if floors is not None:
-            short = np.maximum(np.where(np.isfinite(floors), floors - means, 0.0), 0.0).sum(axis=1)
-            means = np.where((short <= short.min())[:, None], means, np.nan)
+        short = self._short(means)
+        means = np.where((short <= short.min())[:, None], means, np.nan)
         rows = np.flatnonzero(non_dominated(means))
         spread = np.ptp(means[rows], axis=0) if len(rows) > 1 else np.ones(means.shape[1])
         scaled = means[rows] / np.where(spread > 0, spread, 1.0)
@@ -249,7 +304,7 @@ class CoarseToFine:
         while len(chosen) < min(count, len(rows)):
             away = np.min([np.abs(scaled - scaled[i]).sum(axis=1) for i in chosen], axis=0)
             chosen.append(int(np.argmax(away)))
-        return np.array([inside[rows[i]].x for i in chosen])
+        return np.array([inside[rows[i]][0].x for i in chosen])
 
     # ---------------------------------------------------------------- proposals
 
@@ -260,24 +315,27 @@ class CoarseToFine:
             Exhausted: every point of the levels that may be searched has been tried.
         """
         chance = float(rng_for(self._seed, number).random())
+        arms: list[Arm | OperatorRace] = [*self._arms]
         if self._race is not None:
-            return self._race.ask(number, pending)
-        arms = list(self._arms)
-        if self._turns:
+            arms = [self._race]
+        elif self._turns:
             turn = number % len(arms)
             arms = [*arms[turn + 1 :], *arms[: turn + 1]]
         elif len(arms) > 1 and chance < COARSE_SHARE:
             arms = [*arms[1:], arms[0]]
-        if len(self._arms) > 1 and COARSE_SHARE <= chance < COARSE_SHARE + CROSSED_SHARE:
+        if len(self._arms) > 1 and not self._finite and COARSE_SHARE <= chance < COARSE_SHARE + CROSSED_SHARE:
             arms.append(self._crossing)
         for arm in reversed(arms):
             try:
                 return arm.ask(number, pending)
             except Exhausted as error:
                 ended = error
-        if self._waiting or self._shifts:  # a coarse level of cells is done before it has settled
+        if (
+            self._race is not None or self._waiting or self._shifts
+        ):  # a coarse level of cells is done before it has settled
             return self._crossing.ask(number, pending)
-        raise ended
+        names = ", ".join(dict.fromkeys(arm.level.name for arm in self._arms))
+        raise Exhausted(f"all points of the levels searched ({names}) have been tried") from ended
 
     def recommend(self) -> Sequence[Recommendation]:
         """Return the optimum of a finer level if the guard lets it pass, then those of the coarse one."""
