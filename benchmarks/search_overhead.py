@@ -6,10 +6,11 @@
 
 Each row is one optimizer with one number of dimensions d and of objectives m. It is told `results` results, most of
 them random points (half of those in a coarse level) and some of its own, then asked and told `rounds` times in the
-steady state of a busy search: a tell of the oldest pending point, then an ask with the others. The time is CPU time of the controller, and a candidate's is
-that of both together; the table has the median and the slowest tenth. Values are noisy peaks that conflict with each
-other, with a floor under the first where `--floors` is given. Memory is what Python and numpy hold for the optimizer
-(tracemalloc) after the results, and how much more after as many again: an optimizer that keeps windows stops growing.
+steady state of a busy search: a tell of the oldest pending point, then an ask with the others. The time is CPU time of
+the controller, and a candidate's is that of both together; the table has the median and the slowest tenth. Values are
+noisy peaks that conflict with each other, with a floor under the first where `--floors` is given. Memory is what Python
+and numpy hold for the optimizer (tracemalloc) after the results, and how much more after as many again: an optimizer
+that keeps windows stops growing.
 In the spaces here every fourth coordinate weighs the same expert, and all coordinates of an expert together are a
 coarser level.
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import expit
 
-from evomerge.surrogate import features, fit, n_terms, posterior, terms_for
+from evomerge.front import non_dominated
+from evomerge.surrogate import features, fit, n_terms, nearness, posterior, terms_for
 from tests.landscapes import Landscape
 
 
@@ -178,3 +181,161 @@ def test_a_precise_score_moves_less_than_a_noisy_one() -> None:
     y[:2], stderr[0] = 0.2, 0.001
     moved = np.abs(posterior(x, y, stderr, 0.0, 1.0)[0] - y)
     assert moved[0] < 0.02 and moved[1] > 5 * moved[0]
+
+
+# ------------------------------------------------------------------------------------- coordinates that were split
+
+TIES = np.repeat(np.eye(3), (3, 2, 1), axis=0)  # six coordinates, of which three were one, two were one, one is alone
+
+
+def split(x: np.ndarray) -> np.ndarray:
+    return x @ TIES / TIES.sum(axis=0)
+
+
+@pytest.mark.parametrize("bounds", [(None, None), (0.0, 1.0), (0.0, None), (None, 2.0)])
+@pytest.mark.parametrize("terms", ["diagonal", "full"])
+def test_the_gradient_with_ties_is_that_of_the_prediction(
+    bounds: tuple[float | None, float | None], terms: str
+) -> None:
+    rng = np.random.default_rng(10)
+    x = rng.random((60, 6))
+    y = expit(quadratic(split(x)) + x[:, 0] - 2 * (x[:, 4] - 0.4) ** 2)
+    model = fit(x, y, lower=bounds[0], upper=bounds[1], ties=TIES, terms=terms)  # type: ignore[arg-type]
+    assert len(model.coefficients) == n_terms(3, model.terms) + 2 * 6
+    for at in rng.random((3, 6)):
+        step = 1e-5 * np.eye(6)
+        numeric = (model.mean(at + step) - model.mean(at - step)) / 2e-5
+        assert model.gradient(at) == pytest.approx(numeric, abs=1e-6)
+
+
+@pytest.mark.parametrize("bounds", [(None, None), (0.0, 1.0)])
+def test_without_deviations_ties_change_nothing(bounds: tuple[float | None, float | None]) -> None:
+    rng = np.random.default_rng(11)
+    z, test = rng.random((40, 3)), rng.random((50, 3))
+    y, stderr = np.clip(expit(quadratic(z)) + 0.02 * rng.standard_normal(40), 0, 1), np.full(40, 0.02)
+    coarse = fit(z, y, stderr, lower=bounds[0], upper=bounds[1])
+    tied = fit(z @ TIES.T, y, stderr, lower=bounds[0], upper=bounds[1], ties=TIES)
+    assert tied.coefficients[: len(coarse.coefficients)] == pytest.approx(coarse.coefficients, abs=1e-6)
+    assert np.abs(tied.coefficients[len(coarse.coefficients) :]).max() < 1e-9
+    for one, other in zip(tied.predict(test @ TIES.T), coarse.predict(test), strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    apart = test @ TIES.T
+    apart[:, 0] += 0.3  # nothing is known of that: the same mean but for the shared coordinate, and less certain
+    apart[:, 1] -= 0.3
+    assert (tied.link(apart)[1] > tied.link(test @ TIES.T)[1]).all()
+    assert tied.mean(apart) == pytest.approx(coarse.mean(test), abs=1e-6)
+
+
+def test_what_a_deviation_does_is_learned_beside_the_coarse_model() -> None:
+    rng = np.random.default_rng(12)
+    x = np.vstack([rng.random((30, 3)) @ TIES.T, rng.random((60, 6))])
+    test = rng.random((200, 6))
+
+    def truth(x: np.ndarray) -> np.ndarray:
+        return quadratic(split(x)) + 2.0 * (x[:, 0] - x[:, 1])
+
+    y = truth(x) + 0.05 * rng.standard_normal(90)
+    plain = fit(split(x), y, np.full(90, 0.05))
+    tied = fit(x, y, np.full(90, 0.05), ties=TIES)
+    error, coarse = ((m - truth(test)).var() for m in (tied.mean(test), plain.mean(split(test))))
+    assert error < 0.2 * coarse
+
+
+def test_a_coordinate_that_is_alone_has_no_deviation() -> None:
+    x = np.random.default_rng(0).random((20, 6))
+    columns = features(x, "full", TIES)
+    lone = n_terms(3, "full") + np.array([5, 11])  # of the sixth coordinate, linear and square
+    assert np.abs(columns[:, lone]).max() < 1e-12
+
+
+def test_posterior_means_with_ties_and_focus_beat_the_scores() -> None:
+    rng = np.random.default_rng(13)
+    raw, tied, focused = [], [], []
+    for _ in range(10):
+        x = np.vstack([rng.random((40, 3)) @ TIES.T, rng.random((40, 6))])
+        truth = expit(quadratic(split(x)) + x[:, 0] - x[:, 1])
+        y, stderr = np.clip(truth + 0.04 * rng.standard_normal(80), 0, 1), np.full(80, 0.04)
+        raw.append(((y - truth) ** 2).mean())
+        mean, sd = posterior(x, y, stderr, 0.0, 1.0, TIES)
+        tied.append(((mean - truth) ** 2).mean())
+        near = nearness(y[:, None])
+        focused.append((near * (posterior(x, y, stderr, 0.0, 1.0, TIES, near)[0] - truth) ** 2).sum() / near.sum())
+        assert (sd < stderr).all()
+    assert np.mean(tied) < 0.5 * np.mean(raw)
+    assert np.mean(focused) < 0.7 * np.mean(raw)
+
+
+def test_posterior_with_ties_needs_points_for_the_coarse_model_only() -> None:
+    rng = np.random.default_rng(14)
+    x, y = rng.random((12, 6)), rng.random(12)
+    assert not np.array_equal(posterior(x, y, np.full(12, 0.2), ties=TIES)[0], y)  # 2 * 3 + 4 = 10
+    assert np.array_equal(posterior(x, y, np.full(12, 0.2))[0], y)
+
+
+# ------------------------------------------------------------------------------------- noise that items share
+
+
+def test_calm_residuals_are_believed_down_to_a_tenth() -> None:
+    rng = np.random.default_rng(15)
+    x, test = rng.random((60, 3)), rng.random((100, 3))
+    eta = quadratic(x)
+    sds = {}
+    for share in (1.0, 0.3, 0.1, 0.01):  # of the stated standard error that really varies
+        y = eta + share * 0.3 * rng.standard_normal(60)
+        sds[share] = float(np.mean(fit(x, y, np.full(60, 0.3)).predict(test)[1]))
+    assert sds[0.3] < 0.6 * sds[1.0]
+    assert sds[0.01] > 0.15 * sds[1.0]  # sqrt(0.1) is the least that the noise shrinks to; the prior's part shrinks too
+
+
+# ------------------------------------------------------------------------------------- nearness to the front
+
+MATRICES = st.integers(1, 3).flatmap(
+    lambda m: st.lists(st.lists(st.integers(-20, 20), min_size=m, max_size=m), min_size=1, max_size=25)
+)
+QUIET = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+@QUIET
+@given(MATRICES)
+def test_nearness_is_1_on_the_front_and_falls_with_dominance(rows: list[list[int]]) -> None:
+    y = np.array(rows, dtype=np.float64)
+    near = nearness(y)
+    assert near.shape == (len(y),) and (near >= np.exp(-6.0) - 1e-12).all() and (near <= 1.0).all()
+    assert (near[non_dominated(y)] == 1.0).all()
+    for a, one in enumerate(y):
+        for b, other in enumerate(y):
+            if (one >= other).all():
+                assert near[a] >= near[b] - 1e-12
+
+
+@QUIET
+@given(MATRICES, st.lists(st.floats(0.01, 100), min_size=3, max_size=3), st.integers(-50, 50))
+def test_nearness_does_not_depend_on_units(rows: list[list[int]], scales: list[float], shift: int) -> None:
+    y = np.array(rows, dtype=np.float64)
+    moved = y * np.array(scales[: y.shape[1]]) + shift
+    assert nearness(moved) == pytest.approx(nearness(y), abs=1e-4)
+
+
+def test_half_of_the_points_behind_the_front_count_at_most_as_the_median() -> None:
+    near = nearness(np.arange(11.0)[:, None])
+    assert near[10] == 1.0 and near[4] == pytest.approx(np.exp(-2 * 6 / 5.5)) and near[0] < np.exp(-3)
+    assert nearness(np.full((5, 2), 0.3)) == pytest.approx(np.ones(5))
+
+
+def test_focus_finds_the_optimum_of_what_is_not_a_quadratic() -> None:
+    """Scores fall six times as fast on one side, so a fit to all points puts the best too far on the other."""
+    lost: dict[bool, list[float]] = {True: [], False: []}
+    best, pool = np.array([0.3, 0.45, 0.6]), np.random.default_rng(1).random((4000, 3))
+
+    def truth(x: np.ndarray) -> np.ndarray:
+        away = x - best
+        return np.asarray(-np.where(away > 0, 6 * away**2, away**2).mean(axis=-1) - 4 * np.maximum(away[:, 0] - 0.2, 0))
+
+    for seed in range(20):
+        rng = np.random.default_rng([seed, 16])
+        x = np.vstack([rng.random((30, 3)), np.clip(best + 0.2 * rng.standard_normal((30, 3)), 0, 1)])
+        y = truth(x) + 0.02 * rng.standard_normal(60)
+        for focused in (True, False):
+            model = fit(x, y, np.full(60, 0.02), focus=nearness(y[:, None]) if focused else None)
+            lost[focused].append(-float(truth(pool[[model.mean(pool).argmax()]])[0]))
+    assert np.mean(lost[True]) < 0.5 * np.mean(lost[False])  # measured: 0.011 against 0.050
