@@ -7,6 +7,7 @@ Differences of paired items have a twelfth of the variance of unpaired ones (mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ PASSED = 1.0  # standard errors by which the finer candidate has to win
 @dataclass(frozen=True, eq=False)
 class _Kept:
     number: int
-    values: Array
+    rank: Array  # (m,) values that choose it: of all items for a coarse candidate, of the picking half for a finer one
     items: tuple[NDArray[np.float32], ...]
 
 
@@ -50,8 +51,12 @@ class Guard:
             return
         store = self._coarse if coarse else self._fine
         store[:] = [kept for kept in store if kept.number != result.number]
-        store.append(_Kept(result.number, values, items))
-        store.sort(key=lambda kept: (-self._merit(kept.values), kept.number))
+        # Held by all of its items, the best of 100 lucky finer candidates passed twice as often (0.29, against 0.15).
+        rank = (
+            values if coarse else np.array([p[rows].mean() for p, rows in zip(items, self._half(items), strict=True)])
+        )
+        store.append(_Kept(result.number, rank, items))
+        store.sort(key=lambda kept: (-self._merit(kept.rank), kept.number))
         del store[KEPT:]
 
     def passes(self) -> bool:
@@ -62,12 +67,16 @@ class Guard:
         rivals = [kept for kept in self._fine if _shapes(kept) == _shapes(coarse)]
         if not rivals:
             return False
-        halves = [np.random.default_rng([self._seed, j]).permutation(len(p)) for j, p in enumerate(coarse.items)]
-        picking = [half[: len(half) // 2] for half in halves]
-        judging = [half[len(half) // 2 :] for half in halves]
+        picking = self._half(coarse.items)
+        judging = [np.setdiff1d(np.arange(len(p)), rows) for p, rows in zip(coarse.items, picking, strict=True)]
         best = max(rivals, key=lambda kept: self._lead(kept, coarse, picking)[0])
         gain, error = self._lead(best, coarse, judging)
         return gain > PASSED * error
+
+    def _half(self, items: Sequence[NDArray[np.float32]]) -> list[NDArray[np.int64]]:
+        """Of each objective's items, those that pick."""
+        orders = [np.random.default_rng([self._seed, j]).permutation(len(part)) for j, part in enumerate(items)]
+        return [order[: len(order) // 2] for order in orders]
 
     def _merit(self, values: Array) -> float:
         return float((values / self._spread()).mean())
