@@ -123,7 +123,8 @@ class Search:
         if self.stop.is_set() or self._exhausted is not None:
             return False
         if self._history.copies_in_a_row >= REPEATS:
-            self._exhausted = f"the last {REPEATS} proposals repeat recipes that are scored: the space holds no others"
+            repeat = f"the last {REPEATS} proposals repeat recipes that are known"
+            self._exhausted = f"{repeat}: the space holds no others, or this optimizer finds none"
             return False
         if self.budget.evaluations is not None and self._count >= self.budget.evaluations:
             return False
@@ -267,10 +268,13 @@ class Search:
 
     def _close_failed(self, number: int, reason: str, message: str, same_as: int | None = None) -> None:
         elapsed = self._elapsed_s()
-        self.study.fail(number, reason, message, self._arrivals, {"elapsed_s": round(elapsed, 3)})
-        self._after_close(number, elapsed, same_as)
+        rows: dict[str, object] = {"elapsed_s": round(elapsed, 3)}
+        if same_as is not None:
+            rows["same_as"] = same_as
+        self.study.fail(number, reason, message, self._arrivals, rows)
+        self._after_close(number, elapsed)
 
-    def _after_close(self, number: int, elapsed: float, same_as: int | None = None) -> None:
+    def _after_close(self, number: int, elapsed: float) -> None:
         candidate = self.study.candidate(number)
         self._arrivals += 1
         self._points.pop(number, None)
@@ -282,7 +286,7 @@ class Search:
                 values=candidate.values,
                 stderr=candidate.stderr,
                 reason=candidate.reason,
-                same_as=candidate.attrs.get("same_as", same_as),
+                same_as=candidate.attrs.get("same_as"),
                 elapsed_s=elapsed,
                 stopped=candidate.stopped,
                 source=self._sources.pop(number, None),

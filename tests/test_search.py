@@ -152,6 +152,21 @@ def test_a_space_whose_points_are_all_known_ends_the_search(evaluations: int | N
     assert len({c.fingerprint for c in study.candidates()}) == 4
 
 
+def test_repeats_of_a_failed_recipe_end_the_search_too() -> None:
+    class Half(Answers):
+        def wait(self, timeout_s: float) -> list[Outcome | Failed]:
+            found = super().wait(timeout_s)[0]
+            first = study.candidate(found.number).params or {}
+            return [Failed(found.number, "non_finite", "NaN") if first["red.weight"] == 0.5 else found]
+
+    study = new_study()
+    space = {"method": "task_arithmetic", "genes": {"weight": {"choices": [0.0, 0.5]}}}
+    made = search(study, "random", 1000, Half(), space=space)
+    ending = made.run()
+    assert f"the last {REPEATS} proposals repeat" in ending.why
+    assert len(study.candidates()) < 200
+
+
 def test_a_budget_of_hours_says_so() -> None:
     made = search(new_study(), "random", None)
     made.budget = Budget(None, seconds=0.0)
