@@ -142,12 +142,12 @@ def test_contract_on_nested_levels(quick: None, tmp_path: Path, monkeypatch: pyt
 
 SPACES: dict[str, tuple[Callable[[], SearchSpace], dict[str, Any], int, list[str]]] = {
     "nested": (lambda: space(SMALL), {}, 56, ["model", "groups", "shift", TURNS]),
-    "shipped": (lambda: shipped("nested", "ab"), {}, 52, ["model", "groups", TURNS]),
+    "shipped": (lambda: shipped("nested", "ab"), {}, 66, ["model", "groups", "shift", TURNS]),
     "operators": (lambda: shipped("operators"), {}, 72, ["model", "operator", "shift", TURNS]),
     "layers": (
         lambda: space(LAYERED, "ab"),
         {"finest": "layers"},
-        84,
+        110,
         ["model", "groups", "smooth", "layers", "shift", TURNS],
     ),
     "choices": (lambda: space(CHOICES, "ab"), {}, 26, ["model", "operator"]),

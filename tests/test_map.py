@@ -17,6 +17,7 @@ from evomerge.optimizers import Goal, Optimizer, Result, make
 from evomerge.optimizers._core import Exhausted, Facts
 from evomerge.optimizers._map_design import residual_point
 from evomerge.optimizers._map_front import RAYS, _frame, gain, reference_directions
+from evomerge.optimizers.map import MapSearch
 from evomerge.surrogate import fit
 from tests.landscapes import UNIT, Landscape, search, told, volumes
 
@@ -307,3 +308,22 @@ def test_map_at_60_has_the_true_hypervolume_of_nsga2_at_240(dim: int, tasks: int
         ours.append(front.hypervolume(search("map", land, 60), reference))
         theirs.append(front.hypervolume(search("nsga2", land, 240), reference))
     assert np.mean(ours) >= np.mean(theirs)
+
+
+def test_memory_is_bounded_and_what_matters_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evomerge.optimizers.map.WINDOW", 60)
+    rng = np.random.default_rng(0)
+    optimizer = MapSearch(2, (Goal("a", 0.0, 1.0), Goal("b", 0.0, 1.0)), 0, np.full(2, 0.5))
+    corners = [np.zeros(2), np.ones(2), np.array([0.0, 1.0])]
+    for number in range(500):
+        x = corners[number] if number < 3 else rng.uniform(0.1, 0.9, 2)
+        best = number == 3
+        values = np.array([0.99, 0.99]) if best else 0.5 * x
+        optimizer.tell(Result(number, x, values, np.full(2, 0.01)))
+        assert len(optimizer._x) <= 61
+    kept = np.array(optimizer._x)
+    assert kept.min(axis=0).tolist() == [0.0, 0.0] and kept.max(axis=0).tolist() == [1.0, 1.0]
+    assert 3 in optimizer._rows and optimizer._values[optimizer._rows[3]].tolist() == [0.99, 0.99]
+    optimizer.tell(Result(499, np.full(2, 0.3), np.full(2, 0.7), None))  # told again
+    assert optimizer._values[optimizer._rows[499]].tolist() == [0.7, 0.7]
+    assert np.isfinite(optimizer.ask(500)).all()

@@ -6,8 +6,8 @@ Stages, each with a proposer of its own, on the nested levels of the space (`Fac
 2. operator: a race over the categories, if the space has any (`_operators`);
 3. groups, and what lies between it and `finest`: up to `SURROGATE_DIM` coordinates the coarse surrogate extended by
    deviations (`_tied`), above that CMA-ES around the best point so far;
-4. shift: up to three points of the front become basis vectors of a small space that `map` searches. They are points of
-   the same cube, so what is found there is still a recipe of the original experts;
+4. shift: up to three points of the front (of one objective, of the best tenth) become basis vectors of a small space
+   that `map` searches. They are points of the same cube, so what is found there is a recipe of the original experts;
 5. all of the above in turn.
 
 A stage ends when its last results (four per worker, and as many as it has dimensions) raised the hypervolume of the
@@ -50,7 +50,7 @@ from evomerge.optimizers._tied import TiedSearch
 from evomerge.optimizers.cma_es import CmaEs
 from evomerge.optimizers.crossover import Crossover
 from evomerge.optimizers.map import MapSearch
-from evomerge.surrogate import posterior
+from evomerge.surrogate import nearness, posterior
 
 GAIN = 0.005
 FEW = 60
@@ -162,9 +162,10 @@ class CoarseToFine:
             return np.empty((0, len(self._goals))), np.zeros(len(self._goals))
         x = np.array([z for _, z in inside])
         y, e = _table([r for r, _ in inside], len(self._goals))
+        tied, focus = ties(self._coarse.level, level), nearness(y)
         means = np.column_stack(
             [
-                posterior(x, y[:, j], e[:, j], goal.lower, goal.upper, ties(self._coarse.level, level))[0]
+                posterior(x, y[:, j], e[:, j], goal.lower, goal.upper, tied, focus)[0]
                 for j, goal in enumerate(self._goals)
             ]
         )
@@ -263,11 +264,13 @@ class CoarseToFine:
         # The base is the base under any operator; that of the best point keeps the span inside one operator.
         zero = np.where(self._facts.categorical, points[0], self._facts.zero)
         vectors = (points - zero).T
-        matrix = (1.0 + 2.0 * OVERHANG) * vectors
-        origin = zero - OVERHANG * vectors.sum(axis=1)
-        if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+        while np.linalg.matrix_rank(vectors, tol=1e-6) < vectors.shape[1]:
+            vectors = vectors[:, :-1]
+        if vectors.shape[1] < 2:
             self._advance()
             return
+        matrix = (1.0 + 2.0 * OVERHANG) * vectors
+        origin = zero - OVERHANG * vectors.sum(axis=1)
         level = Level("shift", matrix, origin)
         facts = replace(facts_on(self._facts, level), cells=np.zeros(level.dim, dtype=np.intp))
         mean = np.full(level.dim, (1.0 / level.dim + OVERHANG) / (1.0 + 2.0 * OVERHANG))
@@ -300,11 +303,16 @@ class CoarseToFine:
         rows = np.flatnonzero(non_dominated(means))
         spread = np.ptp(means[rows], axis=0) if len(rows) > 1 else np.ones(means.shape[1])
         scaled = means[rows] / np.where(spread > 0, spread, 1.0)
-        chosen = [int(np.argmax(scaled.mean(axis=1)))]
+        best = rows[int(np.argmax(scaled.mean(axis=1)))]
+        if len(self._goals) == 1:  # its front is one point: take the better tenth instead
+            ranks = np.argsort(-means[:, 0], kind="stable")  # those with NaN come last
+            rows = ranks[: max(count, int(np.isfinite(means[:, 0]).sum()) // 10)]
+        x = np.array([inside[i][0].x for i in rows])
+        chosen = [int(np.flatnonzero(rows == best)[0])]
         while len(chosen) < min(count, len(rows)):
-            away = np.min([np.abs(scaled - scaled[i]).sum(axis=1) for i in chosen], axis=0)
+            away = np.min([np.abs(x - x[i]).sum(axis=1) for i in chosen], axis=0)
             chosen.append(int(np.argmax(away)))
-        return np.array([inside[rows[i]][0].x for i in chosen])
+        return x[chosen]
 
     # ---------------------------------------------------------------- proposals
 

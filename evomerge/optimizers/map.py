@@ -13,6 +13,7 @@ Rules, so that nobody has to guess:
 - box: the bounding box of the evaluated points; a share `explore` of the proposals are Sobol points of that box;
 - constraints: the latest floors told; gains count by the probability that the floors are kept, and while nothing is
   predicted to keep them the predicted violation is minimised;
+- memory: at most `WINDOW` results; beyond, the older half goes, but for the front and the ends of the hull;
 - points that gave no result are not repeated, and lower the gains around them;
 - refits: with every result up to 120, then with every fortieth part of the results more; above 120 coefficients
   (14 dimensions) with every second to sixth result.
@@ -29,6 +30,7 @@ import numpy as np
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
+from evomerge.front import non_dominated
 from evomerge.optimizers._core import (
     Array,
     Exhausted,
@@ -47,6 +49,7 @@ from evomerge.optimum import optimum
 from evomerge.surrogate import Quadratic, fit, n_terms, nearness, terms_for
 
 VARIANTS = ("quadratic", "bayesian", "nested")
+WINDOW = 3000  # results; beyond, the older half is dropped but for the front and the ends of the hull
 REFIT = 40
 COSTLY = 60  # coefficients: a fit of 325 takes as long as some proposals
 ENUMERABLE = 100_000  # points of a discrete cube up to which its end is noticed
@@ -115,10 +118,25 @@ class MapSearch:
         row = self._rows.setdefault(number, len(self._x))
         for store, item in zip((self._x, self._values, self._stderr), (x, values, stderr), strict=True):
             store[row : row + 1] = [item]
+        if len(self._x) > WINDOW:
+            self._forget()
         self._events += 1
         if self._events % max(1, self._events // REFIT - 1, self._terms // COSTLY) == 0 or self._data is None:
             self._data = np.array(self._x), np.array(self._values), np.array(self._stderr)
             self._models = None
+
+    def _forget(self) -> None:
+        """Drop the older half of the results, those excepted that are on the front or at an end of the hull."""
+        x, values = np.array(self._x), np.array(self._values)
+        keep = non_dominated(values) | ((x == x.min(axis=0)) | (x == x.max(axis=0))).any(axis=1)
+        # Many results may lie at the ends: of those the newest stay.
+        keep[np.flatnonzero(keep)[: -WINDOW // 4]] = False
+        keep[len(x) // 2 :] = True
+        numbers = [number for number, kept in zip(self._rows, keep, strict=True) if kept]
+        self._rows = {number: row for row, number in enumerate(numbers)}
+        for store in (self._x, self._values, self._stderr):
+            store[:] = [item for item, kept in zip(store, keep, strict=True) if kept]
+        del self._failed[:-WINDOW]
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
         """Return a design point, an exploring point or the best proposal of the surrogates.
