@@ -70,6 +70,16 @@ class Comparison:
     test: Test
     p_value: float
 
+    @property
+    def gained(self) -> bool:
+        """Whether the candidate is better than the baseline, by more than chance explains."""
+        return self.p_value <= LEVEL and self.test.lead.value > 0
+
+    @property
+    def named_baseline(self) -> str:
+        """Label and number."""
+        return f"{self.baseline.label} (candidate {self.baseline.number})"
+
     def __str__(self) -> str:
         if math.isnan(self.p_value):
             return f"{signed(self.test.lead)}, not tested"
@@ -105,24 +115,21 @@ class Report:
             if not self.rows[0].gains.keys() & {"validation", "test"}:
                 return None  # the best on search so far: the search may still be running
             return f"search added nothing: {ours} is a known recipe, {self.candidate.label}"
-        found = [t for t in self.tests if t.baseline.number == self.baseline.number and t.name == self.rows[-1].name]
-        if not found:
+        merit = [t for t in self.tests if t.name == self.rows[-1].name]
+        own = [t for t in merit if t.baseline.number == self.baseline.number]
+        if not own:
             return None
-        lead, p_value = found[0].test.lead, found[0].p_value
-        merit = "" if len(self.rows) == 1 else f" in the {MEAN.replace(',', ' of the')} objectives"
-        said = f"{signed(lead)}{merit}"
-        count = sum(t.name == self.rows[-1].name for t in self.tests)
-        p = f"p = {p_value:.2g}" + (f" after Holm's correction for {count} tests" if count > 1 else "")
-        if p_value <= LEVEL and lead.value > 0:
-            said += f", {p}"
-            return f"search gained something: on the test split {ours} leads {self.named_baseline} by {said}"
+        # A gain is one over both: the baseline that looked worse on search may be the better one.
+        decides = next((t for t in (*own, *merit) if not t.gained), own[0])
+        lead, p_value, named = decides.test.lead, decides.p_value, decides.named_baseline
+        said = signed(lead) + ("" if len(self.rows) == 1 else f" in the {MEAN.replace(',', ' of the')} objectives")
+        p = f"p = {p_value:.2g}" + (f" after Holm's correction for {len(merit)} tests" if len(merit) > 1 else "")
+        if decides.gained:
+            return f"search gained something: on the test split {ours} leads {named} by {said}, {p}"
         if p_value <= LEVEL:
-            said += f", {p}"
-            return f"search added nothing: on the test split {ours} is worse than {self.named_baseline}, by {said}"
+            return f"search added nothing: on the test split {ours} is worse than {named}, by {said}, {p}"
         told = "single numbers cannot be tested" if math.isnan(p_value) else p
-        return (
-            f"search added nothing that the test split can tell: {ours} against {self.named_baseline} is {said}, {told}"
-        )
+        return f"search added nothing that the test split can tell: {ours} against {named} is {said}, {told}"
 
     def lines(self) -> list[str]:
         """The report for a terminal; the verdict comes first."""

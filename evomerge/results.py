@@ -23,6 +23,7 @@ from evomerge.rescore import (
     Scorer,
     baselines,
     broken_limits,
+    eligible,
     feasible,
     front_of,
     nearest,
@@ -57,7 +58,7 @@ def front_rows(
         scores = scorer.score(chosen, split, on_score=_counter(split))
         if best is not None:
             gained = _compared(scorer, candidates, best, ("test",))
-            _say_report(gained)
+            _say_report(candidates, gained)
             found = scorer.score([best], split)[best.number]
             say(f"candidate {best.number} on test: " + ", ".join(f"{n} {interval(s)}" for n, s in found.items()))
     _say_remarks(study, candidates)
@@ -111,7 +112,7 @@ def export_candidate(
         splits = splits_of(config)
         scores = {split: scorer.score([chosen], split)[chosen.number] for split in splits}
         gained = _compared(scorer, candidates, chosen, splits)
-    _say_report(gained)
+    _say_report(candidates, gained)
     lost = chosen.recipe.to_mergekit()[1]
     card = model_card(study, chosen, scores, lost, gained, by_hand=number is not None)
     return write_export(out, chosen.recipe, card, weights=weights)
@@ -150,9 +151,11 @@ def _say_remarks(study: Study, candidates: Sequence[Candidate]) -> None:
         say(volume)
 
 
-def _say_report(found: Report | None) -> None:
+def _say_report(candidates: Sequence[Candidate], found: Report | None) -> None:
     if found is None:
-        say("no known recipe has scores: there is no gain to tell")
+        known = any(c.label is not None for c in eligible(candidates))
+        why = "meets the constraints" if known else "has scores"
+        say(f"no known recipe {why}: there is none to compare with, so no gain to tell")
         return
     for line in found.lines():
         say(line)

@@ -12,6 +12,7 @@ from evomerge.gains import MEAN, best_known, report
 from evomerge.intervals import holm, paired
 from evomerge.objectives import Scores, mean_scores
 from evomerge.recipe import Recipe
+from evomerge.results import _say_report
 from evomerge.study import Header, Study
 from tests.small_studies import empty_study
 
@@ -155,6 +156,27 @@ def test_the_tests_are_exact_where_they_can_be_and_corrected_over_all() -> None:
     worse = next(t for t in found.tests if (t.kind, t.name) == ("best expert", "bpb"))
     assert worse.test.lead.high < 0  # 2.0 bits against 1.9: fewer are better
     assert "over the 2 of merit, which decide, and over the 4 of objectives" in "\n".join(found.lines())
+
+
+@pytest.mark.parametrize(("red", "said"), [((200, 1.5), "is worse than red"), ((160, 2.0), "can tell: candidate 2")])
+def test_a_gain_over_one_baseline_alone_is_no_gain(red: tuple[int, float], said: str) -> None:
+    """The soup is the better baseline on search, and the winner leads it on test; but not the best expert."""
+    study = study_of(
+        {**ROWS, "red": ("red", {"search": (140, 2.5), "test": red})}, identity={"experts": {"red": "red"}}
+    )
+    found = report(study, study.candidates(), study.candidate(2))
+    assert found is not None and found.verdict is not None and found.baseline.label == "uniform soup"
+    assert found.verdict.startswith("search added nothing") and said in found.verdict
+    assert "red (candidate 4)" in found.verdict
+
+
+def test_without_a_feasible_known_recipe_the_report_says_that(capsys: pytest.CaptureFixture[str]) -> None:
+    study = study_of(ROWS, identity={"constraints": ["acc >= 0.6"]})
+    candidates = study.candidates()
+    found = report(study, candidates, candidates[2])
+    assert found is None
+    _say_report(candidates, found)
+    assert "no known recipe meets the constraints" in capsys.readouterr().err
 
 
 def test_baselines_are_chosen_on_search_and_never_on_test(study: Study) -> None:
