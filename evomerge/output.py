@@ -62,9 +62,10 @@ def emit_yaml(data: Mapping[str, Any]) -> None:
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Plain aligned columns: as readable in a pipe as on a terminal, and never cut."""
     cells = [[_cell(row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(str(c)), *(len(r[i]) for r in cells), 0) for i, c in enumerate(columns)]
+    heads = [_cell(c) for c in columns]
+    widths = [max(len(c), *(len(r[i]) for r in cells), 0) for i, c in enumerate(heads)]
     if any(columns[0].strip() or c.strip() for c in columns):
-        print("  ".join(str(c).ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
+        print("  ".join(c.ljust(w) for c, w in zip(heads, widths, strict=True)).rstrip())
     for row in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
 
@@ -87,7 +88,9 @@ def _spelled(row: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    # Labels and reasons come from a database that others may have written: no control sequence reaches the terminal.
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _plain(value: Any) -> Any:

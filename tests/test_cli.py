@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evomerge.cli import app, main
+from evomerge.output import Format, emit, emit_one
 from evomerge.study import Study
 from tests.conftest import ROOT, study_rows
 
@@ -584,3 +585,10 @@ def test_the_package_gives_its_public_names() -> None:
         assert getattr(evomerge, name) is not None
     with pytest.raises(AttributeError):
         _ = evomerge.nothing
+
+
+def test_tables_show_control_characters_of_a_database_and_do_not_send_them(capsys: pytest.CaptureFixture[str]) -> None:
+    emit([{"label": "a\x1b[2Jb", "x\x07": 1}], Format.table)
+    emit_one({"failed: \x1b]0;title": 2}, Format.table)
+    shown = capsys.readouterr().out
+    assert "a\\x1b[2Jb" in shown and all(c.isprintable() for c in shown.replace("\n", ""))
