@@ -66,7 +66,13 @@ class Study:
                 f"the study {name!r} in this database was not made by evomerge",
                 hint="choose another `name:` or `storage:`",
             )
-        self.header = Header(**json.loads(text))
+        try:
+            self.header = Header(**json.loads(text))
+        except TypeError as error:  # fields that are unknown here, or missing
+            raise StudyConflict(
+                f"the study {name!r} was written by another version of evomerge ({error})",
+                hint="open it with that version, or choose another `name:`",
+            ) from None
         self.lease = Lease(self._session, self._id, name)
 
     @classmethod

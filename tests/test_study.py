@@ -189,6 +189,22 @@ def test_another_studys_record_is_a_conflict_that_names_the_difference(url: str)
         Study.create(url, "x", header())
 
 
+@pytest.mark.parametrize(("change", "said"), [({"novel": 1}, "novel"), ({"identity": None}, "identity")])
+def test_a_header_of_another_version_is_a_conflict(
+    url: str, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    Study.create(url, "x", header())
+    held = {**vars(header()), **change}
+    wanted = {k: v for k, v in held.items() if v is not None}
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        database.execute(
+            "update study_system_attributes set value_json = ? where key = 'evomerge:header'",
+            (json.dumps(json.dumps(wanted)),),
+        )
+    with pytest.raises(StudyConflict, match=f"another version of evomerge.*{said}"):
+        Study.load(url, "x")
+
+
 def test_an_optuna_study_that_is_not_ours_is_a_conflict(url: str, tmp_path: Path) -> None:
     (tmp_path / "runs" / "x").mkdir(parents=True)
     made = optuna.create_study(storage=url, study_name="x")
