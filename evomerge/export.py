@@ -25,14 +25,13 @@ from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite, Problem
 from evomerge.family import check_family, measure, suspicious, unrelated
 from evomerge.feasible import doubtful, drops_at_random, mixes, refused
 from evomerge.methods import Merge, torch_dtype
-from evomerge.model import check_siblings
-from evomerge.recipe import Recipe, layer_index
+from evomerge.model import check_siblings, stacked_config
+from evomerge.recipe import Recipe
 from evomerge.strict_yaml import Document, dump_yaml
 from evomerge.strict_yaml import Path as Path_
 from evomerge.weights import TOKENIZER_FILES, Checkpoint, Weights, open_all
 
 SHARD_BYTES = 5_000_000_000
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_only_layers")
 
 
 def merge(
@@ -158,7 +157,7 @@ def write_checkpoint(recipe: Recipe, folder: Path, *, device: str = "cpu", shard
 def _write_merged(recipe: Recipe, donor: Checkpoint, folder: Path, device: str, shard_bytes: int) -> None:
     weights = Weights(recipe.models, device)
     plans = recipe.plan(donor.names, donor.n_layers)
-
+    stack = stacked_config(donor.path, plans, donor.n_layers)
     merge = Merge(recipe, plans, weights)
 
     def merged() -> Iterator[tuple[str, Tensor]]:
@@ -170,8 +169,7 @@ def _write_merged(recipe: Recipe, donor: Checkpoint, folder: Path, device: str, 
             yield plan.name, tensor.cpu().contiguous()
 
     dtypes = _write_shards(merged(), folder, shard_bytes)
-    layers = [i for i in (layer_index(p.name) for p in plans) if i is not None]
-    _write_config(recipe, donor, folder, max(layers) + 1 if layers else 0, dtypes)
+    _write_config(donor, folder, stack, dtypes)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (donor.folder / name).is_file():
             shutil.copyfile(donor.folder / name, folder / name)
@@ -310,32 +308,15 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
     return dtypes
 
 
-def _write_config(recipe: Recipe, donor: Checkpoint, folder: Path, layers: int, dtypes: dict[str, torch.dtype]) -> None:
-    config = dict(donor.config)
+def _write_config(donor: Checkpoint, folder: Path, stack: dict[str, Any], dtypes: dict[str, torch.dtype]) -> None:
+    config = {**donor.config, **stack}
     config.pop("_name_or_path", None)
-    if layers != donor.n_layers:
-        config["num_hidden_layers"] = layers
-        for key in PER_LAYER_KEYS:
-            if isinstance(config.get(key), list) and len(config[key]) == donor.n_layers:
-                source = _source_layers(recipe, donor, layers)
-                config[key] = [config[key][i] for i in source]
     floating = [d for d in dtypes.values() if d.is_floating_point]
     if floating:
         common = max(set(floating), key=floating.count)
         config.pop("torch_dtype", None)
         config["dtype"] = str(common).removeprefix("torch.")
     _write_json(folder / "config.json", config)
-
-
-def _source_layers(recipe: Recipe, donor: Checkpoint, layers: int) -> list[int]:
-    """For each output layer, the layer of the first source that it is made from."""
-    found: dict[int, int] = {}
-    for plan in recipe.plan(donor.names, donor.n_layers):
-        layer = layer_index(plan.name)
-        source = layer_index((plan.base or plan.inputs[0])[1])
-        if layer is not None and source is not None:
-            found.setdefault(layer, source)
-    return [found[i] for i in range(layers)]
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateFailure, ConfigError, NonFinite, Problem, WeightsError
+from evomerge.errors import ConfigError, NonFinite, Problem, WeightsError
+from evomerge.layer_path import LayerStack, check_length, refused, source_layers, stacked, stacking_problem
 from evomerge.methods import Merge, Tables
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, TensorPlan
 from evomerge.scoring import LONGEST_SHARED, Row, default_batch_tokens, make_batch
 from evomerge.weights import Checkpoint
 
@@ -34,7 +35,7 @@ def check_architecture(checkpoint: Checkpoint) -> list[Problem]:
         AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         return [Problem(f"transformers cannot load the tokenizer: {_line(error)}", where="base")]
-    live = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=True)}
+    live = {n: tuple(p.shape) for n, p in _as_stored(model.named_parameters(remove_duplicate=True), checkpoint).items()}
     stored = {n: i.shape for n, i in checkpoint.info.items() if i.dtype.is_floating_point}
     buffers = {n for n, _ in model.named_buffers()}
     differing = sorted(n for n in live.keys() | stored.keys() if live.get(n) != stored.get(n) and n not in buffers)
@@ -48,6 +49,18 @@ def check_architecture(checkpoint: Checkpoint) -> list[Problem]:
             "(mixtures of experts) are not supported yet",
         )
     ]
+
+
+RENAMED = {"lm_head.weight": "embed_out.weight"}  # in memory and in the file: GPT-NeoX
+
+
+def _as_stored(named: Iterable[tuple[str, Tensor]], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Parameters by the names that they have in the checkpoint's files."""
+    found = dict(named)
+    for ours, theirs in RENAMED.items():
+        if ours in found and ours not in checkpoint.info and theirs in checkpoint.info:
+            found[theirs] = found.pop(ours)
+    return found
 
 
 # What two fine-tunes of one base may differ in: everything else changes what the weights compute.
@@ -86,6 +99,23 @@ def check_siblings(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[
                     )
                 )
     return problems
+
+
+def stacked_config(path: str, plans: Sequence[TensorPlan], n_layers: int) -> dict[str, Any]:
+    """What changes in a checkpoint's config.json when its layers are those of the plans; {} in their own order.
+
+    Raises:
+        CandidateFailure: layers of different types meet at one position.
+        ConfigError: the number of layers is not where it could be changed.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    changes = stacked(config, plans, n_layers)
+    if changes and config.get_text_config(decoder=True) is not config:
+        raise ConfigError(f"{path}: the layers of a {config.model_type} model cannot be stacked")
+    names = dict(config.attribute_map)
+    return {names.get(key, key): value for key, value in changes.items()}
 
 
 def _line(error: Exception) -> str:
@@ -136,6 +166,9 @@ class LiveModel:
         self.adapters: dict[str, Any] = {}  # outside libraries' wrappers of this model, by name
         self.tables = Tables() if tables is None else tables
         self._live = self._tensors_by_name()
+        self.layers = LayerStack(self.model, self._live, self.checkpoint.n_layers)
+        self._stackable = False  # not known yet: see `_try_stacks`
+        self._sized = {path}
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.model.register_forward_hook(self._watch_logits)
         self._outputs: Tensor | None = None
@@ -155,7 +188,7 @@ class LiveModel:
 
     @torch.no_grad()
     def install(self, recipe: Recipe, get: GetTensor) -> None:
-        """Write the recipe's merged weights into the live parameters, one tensor at a time.
+        """Make the live model the recipe's, one tensor at a time; one with other layers is put together of shared ones.
 
         Args:
             recipe: models are named as `get` knows them.
@@ -164,19 +197,48 @@ class LiveModel:
         Raises:
             NonFinite: a merged tensor holds NaN or infinity. The live weights are then a mixture,
                 and the next call replaces all of them.
-            CandidateFailure: the recipe gives another number of layers than the live model has.
+            CandidateFailure: the model cannot have these layers, or the models' sizes differ.
         """
         checkpoint = self.checkpoint
+        check_length(recipe, checkpoint.n_layers)
         plans = recipe.plan(checkpoint.names, checkpoint.n_layers)
-        if {p.name for p in plans} != set(self._live):
-            raise CandidateFailure(
-                "the recipe changes the number of layers: write it with `evomerge merge`",
-                reason="layers",
-            )
+        if source_layers(plans) != tuple(range(checkpoint.n_layers)):
+            self._try_stacks()
+            self._require_sizes(plans, get)
         merge = Merge(recipe, plans, get, self.tables)
-        for plan in plans:
-            if not merge.write(plan, self._live[plan.name]):
+        for plan, slot, content in self.layers.place(recipe, plans):
+            slot.holds = None
+            if not merge.write(plan, slot.tensor):
                 raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
+            slot.holds = content
+
+    def _require_sizes(self, plans: Sequence[TensorPlan], get: GetTensor) -> None:
+        """A path may take any layer of its models: all of each must have the base's sizes."""
+        for model in dict.fromkeys(m for p in plans for m, _ in (*p.inputs, *((p.base,) if p.base else ()))):
+            for name, tensor in self._live.items() if model not in self._sized else ():
+                shape = tuple(get(model, name).shape)
+                if shape != tuple(tensor.shape):
+                    raise refused(
+                        f"{model}: {name} has the shape {shape}, but {tuple(tensor.shape)} in {self.path}",
+                        "the layers of a path come from fine-tunes of one base",
+                    )
+            self._sized.add(model)
+
+    def _try_stacks(self) -> None:
+        """Find out once whether the architecture can be stacked; see `stacking_problem`.
+
+        The live weights become the checkpoint's: those of a merge that failed may not be finite.
+        """
+        self.layers.require()
+        if self._stackable:
+            return
+        self.layers.restore()
+        for name, tensor in self._live.items():
+            tensor.copy_(self.checkpoint.tensor(name))
+        self.layers.forget()
+        self.layers.problem = stacking_problem(self)
+        self.layers.require()
+        self._stackable = True
 
     def note(self, text: str) -> None:
         """Keep something that people should know of how this model is scored, once."""
@@ -239,7 +301,7 @@ class LiveModel:
         self._finite &= torch.isfinite(output.logits).all()
 
     def _tensors_by_name(self) -> dict[str, Tensor]:
-        live = dict(self.model.named_parameters(remove_duplicate=True))
+        live = _as_stored(self.model.named_parameters(remove_duplicate=True), self.checkpoint)
         live |= {n: b for n, b in self.model.named_buffers() if n in self.checkpoint.info}
         names = set(self.checkpoint.names)
         if set(live) != names:
