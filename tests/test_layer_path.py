@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateFailure, NonFinite
+from evomerge.errors import CandidateFailure, NonFinite, RecipeError
 from evomerge.export import merge
 from evomerge.model import LiveModel, check_architecture
 from evomerge.recipe import Recipe, Slice, Source
+from evomerge.scale_folding import OUTPUT_PROJECTIONS, fold_scales
 from evomerge.weights import Weights
 
 TOKENIZER = Path(__file__).parent / "golden" / "e2e" / "models" / "base" / "tokenizer.json"
@@ -325,3 +326,50 @@ def test_a_model_whose_lists_of_layers_have_a_fixed_form_is_refused(tmp_path: Pa
     live = LiveModel(str(tmp_path / "base"))
     with pytest.raises(CandidateFailure, match="GPTNeoForCausalLM cannot be"):
         live.install(path(tmp_path, *STACKS["repeat"]), Weights([str(tmp_path / "base")]))
+
+
+SCALES = (1.0, 0.8, 1.0, 1.25, 1.5, 0.9)
+
+
+def test_folded_scales_scale_the_hidden_state(models: Path, tmp_path: Path) -> None:
+    live, weights = LiveModel(str(models / "base")), Weights([str(models / "base")])
+    model_type = live.model.config.model_type
+    stack = path(models, ("base", 0, 2), ("red", 1, 3), ("base", 2, 4))
+    assert fold_scales(stack, (1.0,) * 6, model_type).plan(live.checkpoint.names, N) == stack.plan(
+        live.checkpoint.names, N
+    )
+    if model_type not in OUTPUT_PROJECTIONS:
+        with pytest.raises(RecipeError, match=f"{model_type} model cannot be folded"):
+            fold_scales(stack, SCALES, model_type)
+        return
+    folded = fold_scales(stack, SCALES, model_type)
+    live.install(folded, weights)
+    found = logits(live)
+    assert Recipe.from_yaml(folded.to_yaml()) == folded and len(folded.to_mergekit()[0]["slices"]) == len(folded.slices)
+    merge(folded, str(tmp_path / "out"))
+    assert torch.equal(found, logits(LiveModel(str(tmp_path / "out"))))
+    live.install(stack, weights)
+    plain = logits(live)
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, w=w: (w * args[0], *args[1:]))
+        for layer, w in zip(layers(live), SCALES, strict=True)
+    ]
+    unfolded = logits(live)
+    for hook in hooks:
+        hook.remove()
+    apart = float((found - unfolded).abs().max() / unfolded.abs().max())
+    assert apart < 1e-4, apart  # the epsilon of the norms
+    assert float((plain - unfolded).abs().max() / unfolded.abs().max()) > 1e-2
+
+
+def test_scales_that_cannot_be_are_refused_by_position(llama: Path) -> None:
+    stack = path(llama, *STACKS["skip"])
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(RecipeError, match="scale of position 1 is"):
+            fold_scales(stack, (1.0, bad, 1.0), "llama")
+    with pytest.raises(RecipeError, match="2 scales for a path of 3 layers"):
+        fold_scales(stack, (1.0, 1.0), "llama")
+    with pytest.raises(RecipeError, match="`scale` already"):
+        fold_scales(path(llama, ("base", 0, 1), scale=0.5), (1.0,), "llama")
+    with pytest.raises(RecipeError, match="the recipe is a task_arithmetic"):
+        fold_scales(merged(llama, "task_arithmetic", (0, 1), weight=1.0), (1.0,), "llama")

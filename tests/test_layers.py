@@ -13,7 +13,7 @@ LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
      "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
      "methods", "optimizers", "surrogate", "optimum", "front", "testing",
-     "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
+     "scale_folding", "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
     {"weights", "family", "residency", "model", "layer_path", "scoring", "decoding", "objectives", "storage", "study",
      "_study_rows"},
     {"worker", "pool", "search", "history", "events"},
