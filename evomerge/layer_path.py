@@ -227,8 +227,11 @@ class LayerStack:
         self._mounted = True
         try:
             modules = self._modules(path)
+            given: dict[int | None, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                given.setdefault(layer_index(name), {})[name] = tensor
             for position, module in enumerate(modules):
-                self._fill(module, position, path[position], tensors)
+                self._fill(module, position, path[position], given[position])
         except CandidateFailure:
             self.restore()
             raise
@@ -260,7 +263,7 @@ class LayerStack:
         """Give a position's module its tensors, and what a checkpoint does not hold from the source's module."""
         parts = dict(self._originals[source].named_modules())
         prefix = f"{self._head}.{position}."
-        missing = {name for name in tensors if name.startswith(prefix)}
+        missing = set(tensors)
         for name, part in module.named_modules():
             own = parts.get(name)
             held = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from evomerge.errors import CandidateFailure, NonFinite, RecipeError
 from evomerge.export import merge
 from evomerge.model import LiveModel, check_architecture
+from evomerge.objectives import ObjectiveSpec, make_objective
 from evomerge.recipe import Recipe, Slice, Source
 from evomerge.scale_folding import OUTPUT_PROJECTIONS, fold_scales
 from evomerge.weights import Weights
@@ -373,3 +375,20 @@ def test_scales_that_cannot_be_are_refused_by_position(llama: Path) -> None:
         fold_scales(path(llama, ("base", 0, 1), scale=0.5), (1.0,), "llama")
     with pytest.raises(RecipeError, match="the recipe is a task_arithmetic"):
         fold_scales(merged(llama, "task_arithmetic", (0, 1), weight=1.0), (1.0,), "llama")
+
+
+def test_objectives_score_a_path_as_they_score_the_exported_model(work: Path) -> None:
+    stack = path(Path(), ("base", 0, 2), ("red", 0, 2), ("base", 1, 2))
+    live = LiveModel("base")
+    live.install(stack, Weights(["base"]))
+    merge(stack, "out")
+    exported = LiveModel("out")
+    specs = (
+        ObjectiveSpec("pick", "lm_eval", {"file": "pick.yaml"}),
+        ObjectiveSpec("write", "lm_eval", {"file": "write.yaml", "metric": "exact_match"}),
+        ObjectiveSpec("text", "perplexity", {"files": {"search": "text.search.txt"}}),
+    )
+    for spec in specs:
+        objective = make_objective(spec)
+        ours, theirs = objective.score(live, "search"), objective.score(exported, "search")
+        assert np.array_equal(ours.items, theirs.items) and ours.value == theirs.value, spec.name
