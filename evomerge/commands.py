@@ -29,13 +29,14 @@ from evomerge.export import merge as write_merge
 from evomerge.fidelity import share_text
 from evomerge.gains import report
 from evomerge.intervals import Spread, interval
+from evomerge.optimizers import Describes
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.racing import Race
 from evomerge.recipe import Recipe
-from evomerge.rescore import front_of, none_feasible, remarks
+from evomerge.rescore import feasible, front_of, none_feasible, remarks
 from evomerge.residency import show_bytes
 from evomerge.search import Budget, Event, Search
 from evomerge.selection import stored_winner
@@ -85,12 +86,13 @@ def run_search(
     try:
         with (
             _stop_on_signals(stop, command) as received,
-            Progress(study.header.objectives, budget, done, len(prepared.known), quiet) as progress,
+            Progress(study.header.objectives, budget, done, len(prepared.known), quiet, prepared.floors) as progress,
         ):
+            optimizer = prepared.make_optimizer(study.header)
             ending = Search(
                 study=study,
                 space=prepared.space,
-                optimizer=prepared.make_optimizer(study.header),
+                optimizer=optimizer,
                 start_pool=lambda: make_pool(
                     prepared.worker,
                     local=config.workers.local,
@@ -112,10 +114,13 @@ def run_search(
     say(f"{len(finished)} candidates, {len(front_of(study, finished))} on the front")
     for remark in filter(None, [none_feasible(study, finished), *remarks(study, finished)]):
         say(f"note: {remark}")
+    if isinstance(optimizer, Describes):
+        say(f"{optimizer.describe()}")
     say(f"ended: {ending.why}")
     if ending.stopped:
         say(f"continue with: {command}")
         return 128 + (received[0] if received else signal.SIGINT)
+    say(f"next: evomerge front {shlex.quote(path)} --split test")
     return 0
 
 
@@ -124,13 +129,19 @@ def status_of(study: Study) -> dict[str, Any]:
     candidates = study.candidates()
     states = Counter(c.state for c in candidates)
     reasons = Counter(c.reason for c in candidates if c.state == "failed")
-    done = [c for c in candidates if c.values is not None]
+    able = {c.fingerprint for c in feasible(study, candidates)}
+    scored = [c for c in candidates if c.values is not None]
+    done = [c for c in scored if c.fingerprint in able] or scored
     status: dict[str, Any] = {
         "study": study.name,
         "candidates": len(candidates),
         **{state: states.get(state, 0) for state in ("done", "stopped", "running", "failed")},
         "front": len(front_of(study, candidates)),
     }
+    limits = study.header.identity.get("constraints")
+    if limits:
+        kept = sum(c.fingerprint in able for c in scored)
+        status["constraints"] = f"{'; '.join(limits)}: {kept} of {len(scored)} candidates meet them"
     status["duplicates"] = sum("same_as" in c.attrs for c in candidates)
     stops = Counter(share_text(c.attrs["share"]) for c in candidates if c.state == "stopped")
     for share, count in sorted(stops.items()):

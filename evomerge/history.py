@@ -5,7 +5,7 @@ Everything here is rebuilt from the study's candidates, in the order in which th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,13 @@ from numpy.typing import ArrayLike
 from evomerge.estimator import ItemMatrix
 from evomerge.fidelity import Schedule
 from evomerge.objectives import Scores
-from evomerge.optimizers import Result
+from evomerge.optimizers import Recommendation, Result
 from evomerge.racing import Race, Rivals
-from evomerge.space import SearchSpace
+from evomerge.space import Natural, SearchSpace
 from evomerge.study import Candidate, Study
 from evomerge.worker import Outcome
 
+ALIKE = 0.02  # of a range: a recommendation so near an earlier one in every coordinate is the same wish
 Floors = Callable[[Mapping[str, Sequence[float]]], np.ndarray | None]
 
 
@@ -36,6 +37,7 @@ class History:
         finished: fingerprint -> the first candidate with that recipe, or the first that was scored in full.
         failures_in_a_row: at the end of the study.
         recommended: (dim,) points that optimizers recommended, and that have scores.
+        wishes: why they were recommended.
         copies_in_a_row: candidates whose recipe was known already, at the end of the study.
     """
 
@@ -43,6 +45,7 @@ class History:
         header = study.header
         self.finished: dict[str, Candidate] = {}
         self.recommended: list[np.ndarray] = []
+        self.wishes: set[str] = set()
         self.failures_in_a_row = 0
         self.copies_in_a_row = 0
         self._schedule = Schedule(header.identity.get("seed", 0), tuple(header.rungs), header.epochs)
@@ -60,6 +63,7 @@ class History:
         self.copies_in_a_row = self.copies_in_a_row + 1 if "same_as" in candidate.attrs else 0
         if candidate.source is not None and candidate.values is not None and candidate.params:
             self.recommended.append(self._space.encode(candidate.params))
+            self.wishes.add(candidate.source)
         held = self.finished.get(candidate.fingerprint)
         if held is not None and (held.state != "stopped" or candidate.state != "done"):
             return
@@ -118,6 +122,27 @@ class History:
             floors=self._floors,
             items=self._items(candidate.number) if self._wants_items and whole else None,
         )
+
+    def next_wish(
+        self, offered: Sequence[Recommendation], points: Sequence[np.ndarray], wishes: Collection[str]
+    ) -> tuple[dict[str, Natural], str] | None:
+        """The first recommendation that has no whole score yet, as genes and its reason; None if there is none.
+
+        A surrogate moves a little with each result: another wish comes before the same one again.
+
+        Args:
+            points, wishes: recommended points that are running, (dim,) each, and their reasons.
+        """
+        granted = self.wishes.union(wishes)
+        for found in sorted(offered, key=lambda found: found.why in granted):
+            params = self._space.decode(found.x)
+            x = self._space.encode(params)
+            if any(np.abs(x - other).max() < ALIKE for other in (*self.recommended, *points)):
+                continue
+            held = self.finished.get(self._space.recipe(params).fingerprint)
+            if held is None or held.state == "stopped":
+                return params, found.why
+        return None
 
     def _items(self, number: int) -> list[np.ndarray]:
         """The items (N,) of each objective, larger is better; ratios (N, 2) as the ratio of each item."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from evomerge import front
+from evomerge.history import Floors
+from evomerge.optimizers import violation
 from evomerge.search import Budget, Event, oriented
 
 SAMPLES = 4000  # for a volume that has to be sampled: it is computed at every candidate
@@ -24,6 +26,7 @@ class Progress:
         done: candidates finished before this run (number, label, values or None).
         known: how many candidates are the known recipes: they fix hypervolume's reference point.
         quiet: show nothing.
+        floors: what constraints demand, as for `Search`; candidates that miss them are marked and not counted as good.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Progress:
         done: list[Event],
         known: int,
         quiet: bool = False,
+        floors: Floors = lambda labelled: None,
     ) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._names = list(objectives)
@@ -40,6 +44,8 @@ class Progress:
         self._budget = budget
         self._known = known
         self._values: dict[int, np.ndarray] = {}
+        self._labelled: dict[str, Sequence[float]] = {}
+        self._floors = floors
         self._count = self._stopped = 0
         self._rate: list[float] = []
         self._quiet = quiet
@@ -76,13 +82,24 @@ class Progress:
         reference = front.reference_of(anchors) if anchors else None
         if reference is None:
             return None
-        return front.volume(list(self._values.values()), reference, samples=SAMPLES).value
+        return front.volume(self._feasible(), reference, samples=SAMPLES).value
+
+    def _feasible(self) -> np.ndarray:
+        """(N, M) values of the candidates that keep the constraints, larger is better; all while none does."""
+        values = np.array(list(self._values.values()))
+        kept = np.array([not self._misses(row) for row in values])
+        return values[kept] if kept.any() else values
+
+    def _misses(self, values: np.ndarray) -> bool:
+        return violation(values, self._floors(self._labelled)) > 0.0
 
     def _take(self, event: Event) -> None:
         self._count += 1
         self._stopped += event.stopped is not None
         if event.values is not None:
             self._values[event.number] = oriented(event.values, self._ups)
+            if event.label is not None:
+                self._labelled[event.label] = event.values
 
     def _line(self, event: Event | None) -> str:
         parts = [f"{self._count}/{self._budget.evaluations or '-'}"]
@@ -94,12 +111,14 @@ class Progress:
                 shown = f"failed ({event.reason})"
             else:
                 shown = " ".join(f"{n}={v:.4f}" for n, v in zip(self._names, event.values, strict=True))
+            if event.values is not None and self._misses(oriented(event.values, self._ups)):
+                shown += " (misses a constraint)"
             twin = f" (as #{event.same_as})" if event.same_as is not None else ""
             parts.append(f"#{event.number}{label}: {shown}{twin}")
         if self._stopped:
             parts.append(f"{self._stopped} stopped")
         if self._values:
-            best = np.max(list(self._values.values()), axis=0) * np.where(self._ups, 1.0, -1.0)
+            best = np.max(self._feasible(), axis=0) * np.where(self._ups, 1.0, -1.0)
             parts.append("best " + " ".join(f"{v:.4f}" for v in best))
         volume = self.hypervolume()
         if volume is not None:

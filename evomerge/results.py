@@ -74,6 +74,9 @@ def front_rows(
         for row in rows:
             row["picked"] = str(pick) if row["candidate"] == wanted.number else ""
         rows.sort(key=lambda row: not row["picked"])
+    if len({row["method"] for row in rows}) < 2:
+        for row in rows:
+            del row["method"]  # a column of one word
     approximate = {n for row in rows for n, v in row.items() if isinstance(v, Interval) and v.method == "normal"}
     if approximate:
         say(f"intervals of {', '.join(sorted(approximate))} are value +- 1.96 standard errors")

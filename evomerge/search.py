@@ -32,7 +32,6 @@ __all__ = ["Budget", "Ending", "Event", "Search", "oriented"]
 HOPELESS = 10  # so many failures in a row, and nothing else, end a search
 REPEATS = 100  # so many proposals in a row that were known already, and none in flight, end one too
 CONFIRMED = 4  # candidates at the end of a budget that the optimizer recommends, at most ...
-ALIKE = 0.02  # of a range: a recommendation so near an earlier one in every coordinate is the same wish
 CONFIRMED_SHARE = 0.1  # ... this share of what the budget leaves beside the known recipes
 
 
@@ -181,15 +180,9 @@ class Search:
         searched = self.budget.evaluations - len(self.known)
         if self.budget.evaluations - self._count > min(CONFIRMED, int(searched * CONFIRMED_SHARE)):
             return None
-        scored = [*self._history.recommended, *(self._points[n] for n in self._sources if n in self._points)]
-        for found in self.optimizer.recommend():
-            params = self.space.decode(found.x)
-            if any(np.abs(self.space.encode(params) - x).max() < ALIKE for x in scored):
-                continue
-            held = self._history.finished.get(self.space.recipe(params).fingerprint)
-            if held is None or held.state == "stopped":
-                return params, found.why
-        return None
+        running = [number for number in self._sources if number in self._points]
+        points, wishes = [self._points[n] for n in running], {self._sources[n] for n in running}
+        return self._history.next_wish(self.optimizer.recommend(), points, wishes)
 
     def _launch(self, number: int, label: str | None, recipe: Recipe, params: Mapping[str, Natural] | None) -> None:
         """Evaluate a recorded candidate, unless an equal recipe has been or is being evaluated."""

@@ -34,6 +34,9 @@ from evomerge.rounds import NAMES, WHOLE
 from evomerge.study import Candidate, Study
 from evomerge.surrogate import nearness, posterior
 
+PROVISIONAL = (
+    "for now (nothing is scored on validation) the best posterior merit; `evomerge front --split test` chooses"
+)
 CONTENDERS = 16  # so many tied candidates, at most, go on: each costs a pass over a part of the validation split
 RECOMMENDED = 8  # and so many that an optimizer recommended
 STEP = 32  # candidates compared with the best at once
@@ -118,7 +121,7 @@ def stored_winner(study: Study, candidates: Sequence[Candidate]) -> tuple[Candid
         return None
     rounds = _stored_rounds(study, found.candidates)
     if not rounds:
-        return found.candidates[0], f"the best on search: nothing is scored on validation; {found.note}"
+        return found.candidates[0], PROVISIONAL
     try:
         chosen, notes = _select(study, candidates, found, rounds, _stored(study))
     except NotStored:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 
 from evomerge.progress import Progress
@@ -56,3 +58,17 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
         progress.event(event(0, (0.4,)))
     captured = capsys.readouterr()
     assert captured.err == captured.out == ""
+
+
+def test_candidates_that_miss_a_constraint_are_marked_and_count_neither_as_best_nor_in_the_volume() -> None:
+    def floors(labelled: Mapping[str, Sequence[float]]) -> np.ndarray | None:
+        return np.array([-np.inf, -labelled["base"][1]]) if "base" in labelled else None
+
+    base = Event(0, "base", (0.5, 3.0), None, None, None, 1.0)
+    progress = Progress({"acc": True, "bits": False}, Budget(10), [base, event(1, (0.6, 2.0))], known=1, floors=floors)
+    before = progress.hypervolume()
+    worse = event(2, (0.9, 3.5))
+    progress._take(worse)
+    line = progress._line(worse)
+    assert "acc=0.9000 bits=3.5000 (misses a constraint)" in line and "best 0.6000 2.0000" in line
+    assert progress.hypervolume() == before

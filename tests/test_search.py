@@ -103,6 +103,18 @@ def test_the_last_evaluations_of_a_budget_go_to_recommended_points() -> None:
     assert [e.source for e in events][-3:] == ["wish 0", "wish 2", "wish 3"]
 
 
+def test_a_wish_that_moves_with_every_result_leaves_room_for_the_others() -> None:
+    class Moving(Fixed):
+        def recommend(self) -> list[Recommendation]:
+            moved = np.array([0.03 * (len(self.told) % 5), 0.5])
+            return [Recommendation(moved, "the mean"), Recommendation(np.array([0.9, 0.9]), "the weakest")]
+
+    study = new_study()
+    search(study, Moving([(0.01 * i, 0.3) for i in range(40)]), 30).run()
+    sources = [c.source for c in study.candidates() if c.source]
+    assert sources == ["the mean", "the weakest", "the mean"]
+
+
 def test_at_most_four_are_confirmed_and_known_recipes_do_not_count() -> None:
     known = known_recipes("models/base", EXPERTS)
     study = new_study()

@@ -2,6 +2,7 @@
 
 from evomerge.optimizers._contract import check_optimizer
 from evomerge.optimizers._core import (
+    Describes,
     Exhausted,
     Facts,
     Goal,
@@ -15,6 +16,7 @@ from evomerge.optimizers._core import (
 )
 
 __all__ = [
+    "Describes",
     "Exhausted",
     "Facts",
     "Goal",

@@ -165,6 +165,14 @@ class Recommends(Protocol):
         """Return points, best first, that the results so far make the best; changes nothing. Empty if none is known."""
 
 
+@runtime_checkable
+class Describes(Protocol):
+    """An optimizer that can say where it stands."""
+
+    def describe(self) -> str:
+        """Return in one line, for people, what has been searched so far."""
+
+
 def violation(values: Array, floors: Array | None) -> float:
     """Return by how much values `(m,)` miss their floors, summed; 0 if feasible."""
     if floors is None:

@@ -345,6 +345,15 @@ class CoarseToFine:
         names = ", ".join(dict.fromkeys(arm.level.name for arm in self._arms))
         raise Exhausted(f"all points of the levels searched ({names}) have been tried") from ended
 
+    def describe(self) -> str:
+        """Return which levels have been opened, and which have not."""
+        if self._race is not None:
+            return f"levels: {self._coarse.level.name}; now comparing the choices, {len(self._race.arms)} of them left"
+        opened = ", ".join(f"{arm.level.name} ({arm.level.dim} dimensions)" for arm in self._arms)
+        left = ", ".join(level.name for level in self._waiting)
+        why = "a level is opened when the one before gains no more, and with 60 evaluations or more"
+        return f"levels searched: {opened}" + (f"; not opened: {left} ({why})" if left else "")
+
     def recommend(self) -> Sequence[Recommendation]:
         """Return the optimum of a finer level if the guard lets it pass, then those of the coarse one."""
         coarse = self._coarse.recommend()
