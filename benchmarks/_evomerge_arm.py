@@ -220,7 +220,7 @@ class Run:
         if not self._arm.simplest:
             return finalists[alive[0]]
         near = [i for i in alive if _lead(seen[i], seen[alive[0]], 1.0) >= 0.0]
-        sizes = {i: 0 if finalists[i].tobytes() in known else complexity(finalists[i]) for i in near}
+        sizes = {i: complexity(finalists[i]) for i in near}
         return finalists[min(near, key=lambda i: (sizes[i], alive.index(i)))]
 
     def front(self, allowance: float) -> list[tuple[Array, Array]]:

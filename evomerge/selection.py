@@ -320,38 +320,42 @@ def _simplest(course: _Course, left: Sequence[Candidate], scores: Found) -> Cand
     for c, lead in zip(rest, leads(items[1:], items[0], course.weights) if rest else [], strict=True):
         error = 0.0 if math.isnan(lead.low) else (lead.high - lead.low) / (2 * Z95)
         near += [c] if -lead.value <= error else []
-    sizes = {c.number: 0 if c.label is not None else complexity(c.recipe) for c in near}
+    sizes = {c.number: complexity(c.recipe) for c in near}
     chosen = min(near, key=lambda c: (sizes[c.number], ranked.index(c)))
     if chosen is not best:
-        what = f"the known recipe {chosen.label}" if chosen.label else f"{sizes[chosen.number]} settings"
         course.notes.append(
             f"candidate {best.number} is best on validation, and candidate {chosen.number} within one standard error "
-            f"of it and simpler ({what}, not {sizes[best.number]})"
+            f"of it and simpler ({sizes[chosen.number]} settings, not {sizes[best.number]})"
         )
     return chosen
 
 
 def complexity(recipe: Recipe) -> int:
-    """The number of different settings in a recipe: pairs of a parameter and one of its values.
+    """The number of settings in a recipe: each model's different values of each parameter.
 
-    Equal layers are one slice in a recipe, so a model-level recipe counts its experts' weights, a layer-wise one
-    every layer's. The values of a curve over depth count one by one.
+    So it tells levels apart and not points of one level: with one weight per expert it is the number of experts,
+    whatever the weights are; groups of layers and components add to it. The values of a curve over depth count one by
+    one.
     """
-    found: set[tuple[str, Any]] = set()
+    found: set[tuple[str, str, Any]] = set()
 
-    def add(name: str, value: Any) -> None:
+    def add(owner: str, name: str, value: Any) -> None:
         if isinstance(value, Conditional):
-            add(name, value.value)
+            add(owner, name, value.value)
         elif isinstance(value, tuple):
             for each in value:
-                add(name, each)
+                add(owner, name, each)
         else:
-            found.add((name, value))
+            found.add((owner, name, value))
 
-    holders: list[Any] = [recipe, *recipe.slices, *(s for piece in recipe.slices for s in piece.sources)]
-    for holder in holders:
-        for name, value in holder.parameters:
-            add(name, value)
+    for name, value in recipe.parameters:
+        add("", name, value)
+    for piece in recipe.slices:
+        for name, value in piece.parameters:
+            add("", name, value)
+        for source in piece.sources:
+            for name, value in source.parameters:
+                add(source.model, name, value)
     return len(found)
 
 
