@@ -35,7 +35,7 @@ class Goal:
     """One objective as an optimizer sees it: a name and, where they exist, the bounds of its values.
 
     Values are larger-is-better, so an objective to be minimised arrives with its sign changed, and its
-    bounds with it. `lower` and `upper` (both given) switch the surrogate to a logit link.
+    bounds with it. Two bounds switch the surrogate to a logit link, one to a softplus link.
     """
 
     name: str
