@@ -495,3 +495,12 @@ def test_it_gains_from_finer_levels_on_a_landscape_that_needs_them() -> None:
         coarse = max(truth(r.x) for r in search.told if r.x is not None and model.project(r.x) is not None)
         gains.append(max(truth(r.x) for r in search.told if r.x is not None) - coarse)
     assert np.mean(gains) > 0.03
+
+
+@pytest.mark.usefixtures("quick")
+def test_it_says_which_levels_were_opened() -> None:
+    made = space(SMALL)
+    few = build(made, n=40)
+    assert "levels searched: model" in few.describe() and "not opened: groups" in few.describe()
+    done = recorded("nested").optimizer.describe()
+    assert "groups" in done and "not opened" not in done

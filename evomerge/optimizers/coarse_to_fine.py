@@ -350,7 +350,8 @@ class CoarseToFine:
         if self._race is not None:
             return f"levels: {self._coarse.level.name}; now comparing the choices, {len(self._race.arms)} of them left"
         opened = ", ".join(f"{arm.level.name} ({arm.level.dim} dimensions)" for arm in self._arms)
-        left = ", ".join(level.name for level in self._waiting)
+        reached = {arm.level.name for arm in self._arms}
+        left = ", ".join(level.name for level in self._levels if level.name not in {*reached, OPERATOR})
         why = "a level is opened when the one before gains no more, and with 60 evaluations or more"
         return f"levels searched: {opened}" + (f"; not opened: {left} ({why})" if left else "")
 
