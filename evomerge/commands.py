@@ -29,7 +29,7 @@ from evomerge.export import merge as write_merge
 from evomerge.fidelity import share_text
 from evomerge.gains import report
 from evomerge.intervals import Spread, interval
-from evomerge.optimizers import Describes
+from evomerge.optimizers import Describes, Optimizer
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
 from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
@@ -110,18 +110,23 @@ def run_search(
     except StorageError as error:
         raise StorageError(error.message, hint=f"what was recorded is safe; continue with: {command}") from error
     study.release()
-    finished = [c for c in study.candidates() if c.state != "running"]
-    say(f"{len(finished)} candidates, {len(front_of(study, finished))} on the front")
-    for remark in filter(None, [none_feasible(study, finished), *remarks(study, finished)]):
-        say(f"note: {remark}")
-    if isinstance(optimizer, Describes):
-        say(f"{optimizer.describe()}")
-    say(f"ended: {ending.why}")
+    _say_end(study, optimizer, ending.why)
     if ending.stopped:
         say(f"continue with: {command}")
         return 128 + (received[0] if received else signal.SIGINT)
     say(f"next: evomerge front {shlex.quote(path)} --split test")
     return 0
+
+
+def _say_end(study: Study, optimizer: Optimizer, why: str) -> None:
+    """What a search came to, and why it ended."""
+    finished = [c for c in study.candidates() if c.state != "running"]
+    say(f"{len(finished)} candidates, {len(front_of(study, finished))} on the front")
+    for remark in filter(None, [none_feasible(study, finished), *remarks(study, finished)]):
+        say(f"note: {remark}")
+    if isinstance(optimizer, Describes):
+        say(optimizer.describe())
+    say(f"ended: {why}")
 
 
 def status_of(study: Study) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def point(params: Mapping[str, Any], dim: int) -> Array:
     return np.array([params[name] for name in cube(dim)], dtype=np.float64)
 
 
-class Generations:
+class Generations(ABC):
     """A genetic algorithm by arrivals: every `population` results, in the order told, are a generation.
 
     Known recipes count, so parallel workers never wait. A complete generation and its parents compete to be the
@@ -184,9 +185,9 @@ class Generations:
         self._floors: Array | None = None
         self._generation = 0
 
+    @abstractmethod
     def sampler(self, seed: int) -> NSGAIISampler | NSGAIIISampler:
         """Return the sampler that selects parents and breeds."""
-        raise NotImplementedError
 
     def tell(self, result: Result) -> None:
         """Add the result to the current generation; a complete one selects the parents of the next."""

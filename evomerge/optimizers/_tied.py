@@ -16,9 +16,8 @@ import numpy as np
 from evomerge.front import non_dominated
 from evomerge.optimizers._core import Array, Facts, Goal, Recommendation, rng_for
 from evomerge.optimizers._map_design import sobol
-from evomerge.optimizers._map_front import Box, propose
+from evomerge.optimizers._map_front import Box
 from evomerge.optimizers.map import COSTLY, MapSearch
-from evomerge.surrogate import Quadratic, fit, nearness
 
 RADIUS = 0.25  # of the region around a point of the front; half of it measured worse by 0.02 to 0.05 of the gap
 PESSIMISM = 1.0  # standard deviations that count against a recommended point
@@ -41,16 +40,11 @@ class TiedSearch(MapSearch):
         rng = rng_for(self._seed, number)
         known = np.array([*self._x, *pending]).reshape(-1, self._dim)
         failed = np.array(self._failed).reshape(-1, self._dim)
-        taken = np.vstack([known, failed])
         if self._data is None:
-            return self._new(self._whole.snap(sobol(self._dim, self._seed, number)[None])[0], taken, number)
+            point = self._whole.snap(sobol(self._dim, self._seed, number)[None])[0]
+            return self._new(point, np.vstack([known, failed]), number)
         front = self._front()
-        box = self._around(front[rng.integers(len(front))])
-        if rng.random() >= self._explore:
-            proposal = propose(self._fit(), known, failed, box, self._floors, self._optimism, rng)
-            if proposal is not None:
-                return proposal
-        return self._new(box.scale(sobol(self._dim, self._seed, number)[None])[0], taken, number)
+        return self._within(self._around(front[rng.integers(len(front))]), number, known, failed, rng)
 
     def recommend(self) -> Sequence[Recommendation]:
         """Return the point with the best mean of objectives, each scaled to the front, less its uncertainty."""
@@ -87,14 +81,3 @@ class TiedSearch(MapSearch):
 
     def _around(self, centre: Array) -> Box:
         return Box(np.maximum(centre - RADIUS, 0.0), np.minimum(centre + RADIUS, 1.0), self._cells)
-
-    def _fit(self) -> tuple[Quadratic, ...]:
-        assert self._data is not None
-        if self._models is None:
-            x, y, e = self._data
-            focus = nearness(y)
-            self._models = tuple(
-                fit(x, y[:, j], e[:, j], lower=goal.lower, upper=goal.upper, ties=self._ties, focus=focus)
-                for j, goal in enumerate(self._goals)
-            )
-        return self._models

@@ -87,6 +87,7 @@ class MapSearch:
         self._zero = np.zeros(dim) if facts.zero is None else facts.zero.copy()
         self._stars = self._whole.snap(stars(start))
         self._nested = Nested(goals, seed, facts, _preferences(goals, preferences)) if variant == "nested" else None
+        self._ties: Array | None = None  # see `_tied`
         self._rows: dict[int, int] = {}  # candidate number -> row of the lists
         self._x: list[Array] = []
         self._values: list[Array] = []
@@ -156,12 +157,16 @@ class MapSearch:
             return self._new(self._design_point(number, taken, rng), taken, number)
         if self._data is None:
             return self._new(self._whole.snap(sobol(self._dim, self._seed, number)[None])[0], taken, number)
-        box = self._box()
+        return self._within(self._box(), number, known, failed, rng)
+
+    def _within(self, box: Box, number: int, known: Array, failed: Array, rng: np.random.Generator) -> Array:
+        """Return the best proposal in a box, or a Sobol point of it."""
         if rng.random() >= self._explore:
             proposal = propose(self._fit(), known, failed, box, self._floors, self._optimism, rng)
             if proposal is not None:
                 return proposal
-        return self._new(box.scale(sobol(self._dim, self._seed, number)[None])[0], taken, number)
+        point = box.scale(sobol(self._dim, self._seed, number)[None])[0]
+        return self._new(point, np.vstack([known, failed]), number)
 
     def recommend(self) -> Sequence[Recommendation]:
         """Return the surrogates' optima that are predicted to keep the floors: for the mean, the weakest, and each."""
@@ -197,7 +202,7 @@ class MapSearch:
             x, y, e = self._data
             focus = nearness(y)
             self._models = tuple(
-                fit(x, y[:, j], e[:, j], lower=goal.lower, upper=goal.upper, focus=focus)
+                fit(x, y[:, j], e[:, j], lower=goal.lower, upper=goal.upper, ties=self._ties, focus=focus)
                 for j, goal in enumerate(self._goals)
             )
         return self._models
