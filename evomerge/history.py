@@ -17,7 +17,8 @@ from evomerge.fidelity import Schedule
 from evomerge.objectives import Scores
 from evomerge.optimizers import Recommendation, Result
 from evomerge.racing import Race, Rivals
-from evomerge.space import Natural, SearchSpace
+from evomerge.space import Natural
+from evomerge.spaces import Space
 from evomerge.study import Candidate, Study
 from evomerge.worker import Outcome
 
@@ -41,7 +42,7 @@ class History:
         copies_in_a_row: candidates whose recipe was known already, at the end of the study.
     """
 
-    def __init__(self, study: Study, space: SearchSpace, floors: Floors, *, wants_items: bool) -> None:
+    def __init__(self, study: Study, space: Space, floors: Floors, *, wants_items: bool) -> None:
         header = study.header
         self.finished: dict[str, Candidate] = {}
         self.recommended: list[np.ndarray] = []

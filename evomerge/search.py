@@ -23,7 +23,8 @@ from evomerge.objectives import Scores
 from evomerge.optimizers import Exhausted, Optimizer, Recommends
 from evomerge.pool import Pool
 from evomerge.recipe import Recipe
-from evomerge.space import Natural, SearchSpace
+from evomerge.space import Natural
+from evomerge.spaces import Space
 from evomerge.study import Candidate, Study
 from evomerge.worker import Failed, Job, Outcome
 
@@ -49,7 +50,7 @@ class Search:
     """
 
     study: Study
-    space: SearchSpace
+    space: Space
     optimizer: Optimizer
     start_pool: Callable[[], Pool]
     budget: Budget

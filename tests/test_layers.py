@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 
 LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
+     "spaces", "path_space", "_path_choices", "_path_edits", "_path_indicators", "_path_form",
      "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
      "methods", "optimizers", "surrogate", "optimum", "front", "testing",
      "scale_folding", "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
-    {"weights", "family", "residency", "model", "layer_path", "scoring", "decoding", "objectives", "storage", "study",
+    {"weights", "family", "residency", "model", "layer_path", "prefix", "scoring", "decoding", "objectives", "storage", "study",
      "_study_rows"},
-    {"worker", "pool", "search", "history", "events"},
+    {"worker", "moments", "pool", "search", "history", "events"},
     {"config", "objective_entries", "evolve_file", "prepare", "summary", "rescore", "rounds", "selection", "picking",
      "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output", "commands", "cli",
      "__main__"},
@@ -33,6 +34,7 @@ OWNERS = {
     "sqlalchemy": {"storage", "study"},
     "optuna": {"storage", "study", "_study_rows", "optimizers"},
     "cma": {"optimizers"},
+    "cmaes": {"optimizers"},
     "numba": {"methods"},
     "pydantic": {"config", "objectives"},
     "typer": {"cli"},

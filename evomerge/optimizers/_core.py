@@ -110,6 +110,10 @@ class Facts:
         levels: nested spaces, coarse to fine; the last is the whole cube.
         workers: parallel evaluations.
         evaluations: how many candidates the search may ask for in all; None if time ends it.
+        parts: coordinates that mean something together only, such as an edit of a layer path (its kind, place and
+            length) or one position of it; each coordinate is in at most one part. A part whose first coordinate is in
+            the same cell as `neutral`'s changes nothing, whatever its others are. () where there are none.
+        neutral: (d,) the point where no part changes anything (the identity path); None without parts.
     """
 
     cells: NDArray[np.intp]
@@ -119,6 +123,8 @@ class Facts:
     levels: tuple[Level, ...]
     workers: int = 1
     evaluations: int | None = None
+    parts: tuple[tuple[int, ...], ...] = ()
+    neutral: Array | None = None
 
     @classmethod
     def plain(cls, dim: int, workers: int = 1, evaluations: int | None = None) -> Facts:
