@@ -1,4 +1,4 @@
-"""What a search needs of its space, whatever is searched: coefficients (`SearchSpace`) or layer orders (`PathSpace`)."""
+"""What a search needs of its space: coefficients (`SearchSpace`) or layer orders (`PathSpace`)."""
 
 from __future__ import annotations
 
