@@ -32,12 +32,13 @@ from evomerge.intervals import Spread, interval
 from evomerge.optimizers import Describes, Optimizer
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
-from evomerge.prepare import choose_rungs, open_study, prepare, worker_spec
+from evomerge.prepare import open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.racing import Race
 from evomerge.recipe import Recipe
 from evomerge.rescore import feasible, front_of, none_feasible, remarks
 from evomerge.residency import show_bytes
+from evomerge.rungs import choose_rungs
 from evomerge.search import Budget, Event, Search
 from evomerge.selection import stored_winner
 from evomerge.storage import connect, hide_passwords, mask, sqlite_file

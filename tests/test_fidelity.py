@@ -316,7 +316,7 @@ def test_epochs_are_the_default_where_there_are_many_items_and_evaluations_count
     assert asked.summary["epochs"] == "9 candidates each, from 1/2 of the items"
     assert asked.summary["rungs"] == "1/8, 1/4, 1/2, 1", "the default, since the file says nothing of rungs"
     assert asked.header.identity["epochs"] == {"share": 0.5, "candidates": 9}
-    monkeypatch.setattr("evomerge.prepare.WORTH_EPOCHS", 96)
+    monkeypatch.setattr("evomerge.rungs.WORTH_EPOCHS", 96)
     many = prepare(parse_study(text, "s", ("workers=9",)))
     assert many.summary["epochs"] == "18 candidates each, from 1/8 of the items"
     assert "epochs" not in many.header.identity, "evomerge's own choice is not compared"
