@@ -175,6 +175,11 @@ class LayerStack:
             if slots[pattern][held].holds != held
         ]
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The layer modules that stand in the model now, in order."""
+        return tuple(self._layers)
+
     def require(self) -> None:
         """Raise CandidateFailure where this model's layers cannot be stacked."""
         if self.problem:

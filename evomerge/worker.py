@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from evomerge.fidelity import Stopped, count_at, item_order, new_items
 from evomerge.intervals import Spread, spread
 from evomerge.methods import Tables
 from evomerge.model import LiveModel
+from evomerge.moments import Observed
 from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
 from evomerge.objectives._references import observe_references
 from evomerge.racing import Race, Rival, estimate
@@ -64,6 +65,7 @@ class Job:
         parts: score only these items of each split, part after part, each in batches of its own: objective ->
             positions, ascending, or None for all. The scores are those of all the parts' items, in the split's order;
             an objective that no part names is left out.
+        moments: measure what the layers read while the model is scored; see `moments.Observed`.
     """
 
     number: int
@@ -73,6 +75,7 @@ class Job:
     batch_tokens: int | None = None
     twice: bool = False
     parts: Sequence[Mapping[str, Sequence[int] | None]] = ()
+    moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Outcome:
         batch_tokens: size of a batch with which it was scored: smaller than asked for where memory ran out.
         notes: what people should know of how this worker scores.
         spreads: objectives whose second score of the same model was another, if there was a second one.
+        moments: of a job that asked for them: what the layers read, by kind.
     """
 
     number: int
@@ -102,6 +106,7 @@ class Outcome:
     batch_tokens: int = 0
     notes: tuple[str, ...] = ()
     spreads: Mapping[str, Spread] = field(default_factory=dict)
+    moments: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def attrs(self) -> dict[str, object]:
@@ -162,6 +167,13 @@ class Worker:
         Raises:
             CandidateFailure: this candidate has no scores (non-finite weights or logits).
         """
+        if not job.moments:
+            return self._evaluate(job)
+        with Observed(self.live) as seen:
+            outcome = self._evaluate(job)
+        return replace(outcome, moments=seen.moments())
+
+    def _evaluate(self, job: Job) -> Outcome:
         if job.batch_tokens is not None:
             self.live.batch_tokens = job.batch_tokens
         self._observe(job.splits)
