@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from evomerge.errors import Problem, RecipeError
 from evomerge.strict_yaml import dump_yaml, load_yaml
 
 Scalar = float | int | bool | str
@@ -211,8 +213,12 @@ class Recipe:
         """The hex SHA-256 of the canonical JSON: equal recipes, equal fingerprints, everywhere.
 
         Key order does not count, nor does 1 against 1.0 against true, nor the sign of zero.
+
+        Raises:
+            RecipeError: a parameter is NaN or infinite, in a recipe that was made without `from_dict`.
         """
         data = {**self.to_dict(), "seed": str(self.seed)}  # as text: a float would lose digits
+        require_finite(data)
         text = json.dumps(_canonical(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -300,6 +306,18 @@ def _freeze_conditional(item: Any) -> Conditional:
     if isinstance(item, Conditional):
         return Conditional(_freeze(item.value), item.filter)  # type: ignore[arg-type]
     return Conditional(_freeze(item["value"]), item.get("filter"))  # type: ignore[arg-type]
+
+
+def require_finite(data: Any, where: str = "") -> None:
+    """Raise RecipeError, with its place, for the first number in plain data that is NaN or infinite."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise RecipeError.of([Problem(f"{data} in the recipe", where, "a finite number")])
+    if isinstance(data, (list, tuple)):
+        for i, item in enumerate(data):
+            require_finite(item, f"{where}[{i}]")
+    elif isinstance(data, Mapping):
+        for key, item in data.items():
+            require_finite(item, f"{where}.{key}" if where else str(key))
 
 
 def _canonical(value: Any) -> Any:

@@ -25,6 +25,10 @@ def linear(experts: Sequence[Vector], weight: Sequence[float], normalize: bool =
     ]
 
 
+def passthrough(model: Vector, scale: float, shift: float) -> Vector:
+    return [scale * x + shift for x in model]
+
+
 def slerp(a: Vector, b: Vector, t: float) -> Vector:
     def unit(v: Vector) -> Vector:
         norm = math.sqrt(math.fsum(x * x for x in v))

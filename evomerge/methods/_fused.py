@@ -137,12 +137,12 @@ def written(x: Inputs, out: Tensor, bad: Sequence[bool]) -> Tensor:
     return out
 
 
-def blend(x: Inputs, models: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """Returns sum_i factor_i * model_i."""
+def blend(x: Inputs, models: Sequence[Tensor], factors: Sequence[float], shift: float = 0.0) -> Tensor:
+    """Returns sum_i factor_i * model_i + shift."""
     out, factor = output(x), np.array(factors, np.float32)
     models_at, out_at = Handles(models), Handles([out])
-    loop = kernels().blend
-    bad = in_chunks(out.numel(), lambda a, b: loop(a, b, models_at.table, out_at.table[0], factor))
+    loop, more = kernels().blend, np.float32(shift)
+    bad = in_chunks(out.numel(), lambda a, b: loop(a, b, models_at.table, out_at.table[0], factor, more))
     return written(x, out, bad)
 
 

@@ -366,8 +366,8 @@ def sweep(
 
 
 @jit
-def blend(start: int, stop: int, models: Any, out: Any, factor: Any) -> int:
-    """Writes sum_i factor_i * model_i for elements start ... stop-1; nonzero if a value is not finite."""
+def blend(start: int, stop: int, models: Any, out: Any, factor: Any, shift: Any) -> int:
+    """Writes sum_i factor_i * model_i + shift for elements start ... stop-1; nonzero if a value is not finite."""
     scratch = scratch_rows(2)
     x, total = scratch[0], scratch[1]
     bad = False
@@ -382,5 +382,8 @@ def blend(start: int, stop: int, models: Any, out: Any, factor: Any) -> int:
             f = factor[i]
             for j in range(m):
                 total[j] += x[j] * f
+        if shift != 0:  # or -0.0 would lose its sign
+            for j in range(m):
+                total[j] += shift
         bad |= _store(out[0], out[1], at, m, total)
     return bad
