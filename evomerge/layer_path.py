@@ -180,6 +180,11 @@ class LayerStack:
         """The layer modules that stand in the model now, in order."""
         return tuple(self._layers)
 
+    def types(self) -> list[tuple[str, ...]]:
+        """For each of these modules, its entries in the configuration's per-layer lists."""
+        lists = [getattr(self._model.config, key) for key in self._lists]
+        return [tuple(str(values[position]) for values in lists) for position in range(len(self._layers))]
+
     def require(self) -> None:
         """Raise CandidateFailure where this model's layers cannot be stacked."""
         if self.problem:

@@ -13,6 +13,7 @@ from torch import Tensor
 from evomerge.errors import ConfigError, NonFinite, Problem, WeightsError
 from evomerge.layer_path import LayerStack, check_length, refused, source_layers, stacked, stacking_problem
 from evomerge.methods import Merge, Tables
+from evomerge.prefix import Prefixes
 from evomerge.recipe import Recipe, TensorPlan
 from evomerge.scoring import LONGEST_SHARED, Row, default_batch_tokens, make_batch
 from evomerge.weights import Checkpoint
@@ -167,6 +168,7 @@ class LiveModel:
         self.tables = Tables() if tables is None else tables
         self._live = self._tensors_by_name()
         self.layers = LayerStack(self.model, self._live, self.checkpoint.n_layers)
+        self.prefixes = Prefixes(self.tables)
         self._stackable = False  # not known yet: see `_try_stacks`
         self._sized = {path}
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -186,6 +188,11 @@ class LiveModel:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The model's own tensors, by the checkpoint's names; a path may take further ones for its layers."""
+        return self._live
+
     @torch.no_grad()
     def install(self, recipe: Recipe, get: GetTensor) -> None:
         """Make the live model the recipe's, one tensor at a time; one with other layers is put together of shared ones.
@@ -200,6 +207,7 @@ class LiveModel:
             CandidateFailure: the model cannot have these layers, or the models' sizes differ.
         """
         checkpoint = self.checkpoint
+        self.prefixes.leave()
         check_length(recipe, checkpoint.n_layers)
         plans = recipe.plan(checkpoint.names, checkpoint.n_layers)
         if source_layers(plans) != tuple(range(checkpoint.n_layers)):
@@ -211,6 +219,7 @@ class LiveModel:
             if not merge.write(plan, slot.tensor):
                 raise NonFinite(f"merged tensor {plan.name} holds NaN or infinity", reason="weights")
             slot.holds = content
+        self.prefixes.enter(self, recipe, plans)
 
     def _require_sizes(self, plans: Sequence[TensorPlan], get: GetTensor) -> None:
         """A path may take any layer of its models: all of each must have the base's sizes."""
@@ -255,6 +264,7 @@ class LiveModel:
         cache: Any = None,
         *,
         keep_cache: bool = False,
+        key: bytes | None = None,
     ) -> tuple[Tensor, Any]:
         """One forward pass whose output layer runs at the asked-for places only.
 
@@ -264,6 +274,7 @@ class LiveModel:
             mask: (B, L) of what is a token, or (B, 1, L, L) added to the attention scores; None is plain causal.
             positions: (B, L), None counts from 0.
             cache: keys and values of the tokens before.
+            key: names ids, mask and positions: layers that another candidate had too are then not computed again.
 
         Returns:
             (T, V) logits, and the cache with these tokens' keys and values (None without `keep_cache`).
@@ -272,7 +283,10 @@ class LiveModel:
         given = {k: v for k, v in extra.items() if v is not None}
         self._outputs = outputs
         try:
-            out = self.model(input_ids=ids, use_cache=keep_cache, **given)
+            if key is None or cache is not None or keep_cache:
+                out = self.model(input_ids=ids, use_cache=keep_cache, **given)
+            else:
+                out = self.prefixes.forward(key, lambda: self.model(input_ids=ids, use_cache=False, **given))
         finally:
             self._outputs = None
         logits: Tensor = out.logits

@@ -11,6 +11,7 @@ to the bit. This module knows no tokenizer, no task and no metric.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Batch:
         branch: (B, L) 0 in the context and k in the k-th continuation, None for plain rows.
         outputs: (T,) flat places b * L + l whose output is asked for, ascending.
         asked: (n,) index into `outputs`, and (n,) tokens, of each target.
+        key: names what the layers read: batches with one key have equal ids, positions and branches.
     """
 
     ids: Tensor
@@ -71,6 +73,7 @@ class Batch:
     outputs: Tensor
     asked: Tensor
     tokens: Tensor
+    key: bytes
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """(B, 1, L, L) added to the attention scores; made for each pass, since it is quadratic in the length."""
@@ -141,7 +144,7 @@ class Plan:
             self._device = live.device
         logs, hits = [], []
         for batch in self._ready:
-            logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask(live.dtype), batch.positions)
+            logits, _ = live.logits_at(batch.outputs, batch.ids, batch.mask(live.dtype), batch.positions, key=batch.key)
             # log_softmax and not a logit minus a logsumexp, which loses the digits of probabilities near 1
             logs.append(torch.log_softmax(logits.float(), dim=-1)[batch.asked, batch.tokens])
             hits.append(logits.argmax(dim=-1)[batch.asked] == batch.tokens)
@@ -157,6 +160,8 @@ class Plan:
 def backing_off(live: LiveModel, run: Callable[[], Result]) -> Result:
     """Run a scoring; when memory runs out, again with batches of half the size, for all that follows too.
 
+    Hidden states that other candidates left (see `prefix`) are given up before batches become smaller.
+
     Raises:
         RuntimeError: memory does not suffice for the smallest batch.
     """
@@ -165,10 +170,15 @@ def backing_off(live: LiveModel, run: Callable[[], Result]) -> Result:
         try:
             return run()
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's
-            if not _is_memory(error) or live.batch_tokens <= SMALLEST_BATCH:
+            if not _is_memory(error):
+                live.batch_tokens = settled
+                raise
+            freed = live.prefixes.release()
+            if not freed and live.batch_tokens <= SMALLEST_BATCH:
                 live.batch_tokens = settled  # smaller ones did not help: not the next candidate either
                 raise
-        live.batch_tokens //= 2
+        if not freed:
+            live.batch_tokens //= 2
         if live.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -281,7 +291,16 @@ def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
         outputs=there(outputs),
         asked=there(asked),
         tokens=there(tokens),
+        key=_key(ids, positions, branch),
     )
+
+
+def _key(*arrays: NDArray[np.int64] | None) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        found.update(repr(None if array is None else array.shape).encode())
+        found.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return found.digest()
 
 
 def _branches(rows: Sequence[Row], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -196,7 +196,8 @@ class Worker:
                 faults.point("scoring")
                 scores[split][objective.name] = objective.score(self.live, split)
         scored = time.perf_counter()
-        again = score_again(self.objectives, self.live, scores["search"], job.race) if job.twice else {}
+        with self.live.prefixes.paused():
+            again = score_again(self.objectives, self.live, scores["search"], job.race) if job.twice else {}
         return Outcome(
             number=job.number,
             scores=scores,
@@ -204,7 +205,7 @@ class Worker:
             eval_s=scored - merged,
             peak_bytes=_peak_bytes(self.live.device),
             worker=f"{os.uname().nodename}:{os.getpid()}",
-            tables=self.live.tables.report(),
+            tables=self.live.tables.report() | self.live.prefixes.report(),
             stopped=stopped,
             batch_tokens=self.live.batch_tokens,
             notes=(*self.live.notes, *(f"objective {n} is not deterministic: {apart}" for n, apart in again.items())),
