@@ -21,6 +21,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Limit = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 DEFAULT_EVALUATIONS = 100
+BASE, MERGED = "base", "merged"  # the names of the two models that `experts:` does not name
 
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(|k|M|G|T|Ki|Mi|Gi|Ti)B")
 _UNITS = (
@@ -86,6 +87,7 @@ class _StudyFile(_Strict):
     name: Name
     base: Path_
     experts: Annotated[dict[Name, Path_], Field(min_length=1)]
+    merged: Path_ | None = None
     space: str | dict[str, Any]
     objectives: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
     optimizer: str | dict[str, Any] | None = None
@@ -106,6 +108,7 @@ class StudyConfig:
         source: file name, for messages.
         text: the file's text.
         experts: name -> checkpoint folder, in order.
+        merged: checkpoint folder of a further model for layer orders, as a rule the winner of another search.
         space: the space's specification, and where it came from.
         optimizer: name and options; None leaves the choice to the number of objectives.
         constraints: as the file has them; `evomerge.constraints` reads them.
@@ -130,12 +133,19 @@ class StudyConfig:
     workers: Workers
     seed: int
     known_recipes: bool = True
+    merged: str | None = None
     constraints: tuple[str, ...] = ()
     fidelity: Fidelity = field(default_factory=Fidelity)
     notes: tuple[str, ...] = field(default=())
     document: Document = field(default_factory=lambda: Document({}), repr=False)
     space_document: Document = field(default_factory=lambda: Document({}), repr=False)
     space_path: tuple[str | int, ...] = ()
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Every checkpoint folder by its name: "base", the experts, "merged"."""
+        further = {} if self.merged is None else {MERGED: self.merged}
+        return {BASE: self.base, **self.experts, **further}
 
     def where(self, *path: str | int) -> str:
         """ "file:line" of an entry of the study file; its key alone if the file does not have it."""
@@ -227,7 +237,7 @@ def parse_study(
     if problems or parsed is None:
         raise ConfigError.of(problems, source)
     _check_workers(parsed, document)
-    _check_names(parsed, document)
+    _check_names(parsed, document, space)
     workers = parsed.workers if isinstance(parsed.workers, Workers) else Workers(local=parsed.workers)
     if workers.local is None and workers.ray is None:
         workers = workers.model_copy(update={"local": 1})
@@ -250,6 +260,7 @@ def parse_study(
         workers=workers,
         seed=parsed.seed,
         known_recipes=parsed.known_recipes,
+        merged=parsed.merged,
         constraints=tuple(parsed.constraints),
         fidelity=parsed.fidelity,
         notes=tuple(notes),
@@ -402,8 +413,19 @@ def _check_workers(parsed: _StudyFile, document: Document) -> None:
         raise ConfigError.of([Problem(message, document.where(("workers",)), "give one of them")])
 
 
-def _check_names(parsed: _StudyFile, document: Document) -> None:
+def _check_names(parsed: _StudyFile, document: Document, space: Mapping[str, Any]) -> None:
     """Messages call the base "base": only a method that takes it as an input may list it, by that name."""
-    if parsed.experts.get("base", parsed.base) != parsed.base:
-        problem = Problem("an expert cannot be named `base`", document.where(("experts", "base")), "rename it")
-        raise ConfigError.of([problem])
+    problems = []
+    if parsed.experts.get(BASE, parsed.base) != parsed.base:
+        where = document.where(("experts", BASE))
+        problems.append(Problem("an expert cannot be named `base`", where, "rename it"))
+    if parsed.merged is not None:
+        where = document.where((MERGED,))
+        if MERGED in parsed.experts:
+            message = "an expert cannot be named `merged` beside the key `merged:`, whose model has that name"
+            problems.append(Problem(message, document.where(("experts", MERGED)), "rename it"))
+        if "path" not in space:
+            message = "`merged:` is for spaces of layer orders, and this space has coefficients"
+            problems.append(Problem(message, where, "leave it out, list it under `experts:`, or choose such a space"))
+    if problems:
+        raise ConfigError.of(problems, document.name)

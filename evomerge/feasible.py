@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from evomerge import registry
 from evomerge.errors import CandidateFailure, Problem
 from evomerge.methods import Merge, Method
 from evomerge.recipe import Recipe, TensorPlan, is_embedding, layer_index
-from evomerge.space import SearchSpace
+from evomerge.spaces import Space
 from evomerge.strict_yaml import Path
 
 BALANCED = 1e-6  # weights that cancel to less than this share of their size
@@ -57,17 +57,18 @@ def doubtful(recipe: Recipe, plans: Sequence[TensorPlan], where: Where) -> list[
     return list(warnings.values())
 
 
-def infeasible_share(space: SearchSpace, names: Sequence[str], n_points: int = 32) -> tuple[float, str]:
+def infeasible_share(space: Space, names: Sequence[str], n_points: int = 32) -> tuple[float, str]:
     """The share of a space's points that its method refuses whatever the tensors are, and what it says of one.
 
     The start and `n_points - 1` points drawn with a fixed seed are tried, as `refused` does.
     """
+    n_layers = _n_layers(names)
     generator = np.random.default_rng(0)
     points = [space.start(), *(space.decode(generator.random(space.dim)) for _ in range(n_points - 1))]
     said = []
     for point in points:
         recipe = space.recipe(point)
-        said += [str(p) for p in refused(recipe, recipe.plan(names, space.n_layers), lambda path: "")[:1]]
+        said += [str(p) for p in refused(recipe, recipe.plan(names, n_layers), lambda path: "")[:1]]
     return len(said) / len(points), said[0] if said else ""
 
 
@@ -99,8 +100,7 @@ def slice_paths(recipe: Recipe, n_layers: int) -> list[Path]:
 def _distinct(recipe: Recipe, plans: Sequence[TensorPlan]) -> Iterator[tuple[Path, TensorPlan]]:
     """One plan for each set of parameters, with the place of its sources."""
     found = [layer_index(plan.name) for plan in plans]
-    n_layers = max((index for index in found if index is not None), default=0) + 1
-    paths = slice_paths(recipe, n_layers) or [("models",)]
+    paths = slice_paths(recipe, _n_layers(plan.name for plan in plans)) or [("models",)]
     seen: set[str] = set()
     for plan, layer in zip(plans, found, strict=True):
         if layer is None:
@@ -111,6 +111,10 @@ def _distinct(recipe: Recipe, plans: Sequence[TensorPlan]) -> Iterator[tuple[Pat
         if key not in seen:
             seen.add(key)
             yield path, plan
+
+
+def _n_layers(names: Iterable[str]) -> int:
+    return max((index for index in map(layer_index, names) if index is not None), default=0) + 1
 
 
 def _probe(model: str, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import StudyConfig
+from evomerge.config import BASE, StudyConfig
 from evomerge.constraints import Constraint, floors, read_constraints
 from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
 from evomerge.family import Change, check_family, measure, suspicious, unrelated
@@ -23,18 +23,27 @@ from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import share_text
 from evomerge.model import Outline, check_architecture, check_siblings
 from evomerge.objectives import Fitted, Objective, make_objective
-from evomerge.optimizers import Goal, Optimizer, make
+from evomerge.optimizers import Optimizer
 from evomerge.recipe import Recipe
 from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, show_bytes
 from evomerge.rungs import choose_epochs, choose_rungs, epochs_text
-from evomerge.space import SearchSpace, known_recipes
+from evomerge.spaces import Space
 from evomerge.storage import hide_passwords, sqlite_file
 from evomerge.study import Header, Study
+from evomerge.study_space import (
+    coarse_of,
+    known_of,
+    make_optimizer,
+    make_space,
+    merged_problem,
+    optimizer_name,
+    placed,
+    try_optimizer,
+)
 from evomerge.summary import summary_of
 from evomerge.weights import Checkpoint, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
 
-BASE = "base"
 OFTEN = 0.2  # of a space's points: worth a warning if so many can never be merged
 LIBRARIES = ("evomerge", "torch", "transformers", "lm_eval", "optuna", "cma", "ray", "numpy")
 
@@ -50,7 +59,7 @@ class Prepared:
     """
 
     config: StudyConfig
-    space: SearchSpace
+    space: Space
     objectives: tuple[Objective, ...]
     header: Header
     known: tuple[tuple[str, Recipe], ...]
@@ -61,7 +70,7 @@ class Prepared:
 
     def make_optimizer(self, header: Header) -> Optimizer:
         """A fresh optimizer, ready to be told the history of the study with this header."""
-        return _optimizer(self.config, self.space, self.objectives, header.workers)
+        return make_optimizer(self.config, self.space, self.objectives, header.workers)
 
     def floors(self, labelled: Mapping[str, Sequence[float]]) -> np.ndarray | None:
         """The least (M,) that the constraints allow, larger is better, from the values of known recipes; None: any."""
@@ -76,22 +85,22 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         EnvironmentProblem: weights are missing or broken, or the study's folder cannot be written (3).
     """
     problems: list[Problem] = []
-    space: SearchSpace | None = None
+    space: Space | None = None
     doubts: list[Problem] = []
     changes: dict[str, Change] = {}
     objectives = _objectives(config, problems)
     constraints = _constraints(config, objectives, problems)
-    opened, broken = open_all({BASE: config.base, **config.experts})
-    broken = [_placed(config, p) for p in broken] + _storage_problems(config)
+    opened, broken = open_all(config.models)
+    broken = [merged_problem(config, p) or placed(config, p) for p in broken] + _storage_problems(config)
     if BASE in opened:
         base = opened[BASE]
         experts = {n: c for n, c in opened.items() if n != BASE}
         found = [*check_architecture(base), *check_siblings(base, experts), *check_family(base, experts)]
         changes = {n: measure(base, c) for n, c in experts.items() if c.path != base.path}
-        problems += [_placed(config, p) for p in (*found, *unrelated(changes))]
-        space = _space(config, base, problems)
+        problems += [placed(config, p) for p in (*found, *unrelated(changes))]
+        space = make_space(config, base, problems)
         if space is not None and not problems:
-            problems += _try_optimizer(config, space, objectives)
+            problems += try_optimizer(config, space, objectives)
             misfits, notes = _fit(base, objectives)
             problems += misfits
             doubts += notes
@@ -110,8 +119,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     starts = [space.recipe(start) for start in space.starts()]
     plans = [plan for recipe in starts for plan in recipe.plan(opened[BASE].names, opened[BASE].n_layers)]
     warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes") or {}))
-    fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
-    known = known_recipes(config.base, fine_tunes, config.seed) if config.known_recipes else []
+    known = known_of(config, space, opened[BASE].n_layers)
     most = config.budget.evaluations
     if known and most is not None and most <= len(known):
         message = f"the budget of {most} evaluations is spent on the {len(known)} known recipes: nothing is searched"
@@ -123,19 +131,19 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         doubts.append(Problem(f"no candidate is stopped early: {why_none}", config.where("fidelity"), hint))
     if why_no_epochs and config.fidelity.epochs:
         doubts.append(Problem(f"there are no epochs: {why_no_epochs}", config.where("fidelity"), "leave out `epochs:`"))
-    optimizer = _optimizer_name(config, space)
+    optimizer = optimizer_name(config, space)
     return Prepared(
         config=config,
         space=space,
         objectives=tuple(objectives),
-        header=_header(config, overrides, opened, objectives, worker, rungs, epochs, optimizer, _coarse(space)),
+        header=_header(config, overrides, opened, objectives, worker, rungs, epochs, optimizer, coarse_of(space)),
         known=tuple(known),
         worker=worker,
         constraints=constraints,
         summary=summary_of(config, opened, objectives, space, worker, len(known), changes, optimizer)
         | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"}
         | {"epochs": epochs_text(epochs) or f"off{': ' if why_no_epochs else ''}{why_no_epochs}"},
-        warnings=(*doubts, *(_placed(config, p) for p in warnings)),
+        warnings=(*doubts, *(placed(config, p) for p in warnings)),
     )
 
 
@@ -185,7 +193,7 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
         _require_memory(memory, device)
     return WorkerSpec(
         base=config.base,
-        models=(config.base, *config.experts.values()),
+        models=tuple(config.models.values()),
         objectives=config.objectives,
         device=device,
         threads=threads or workers.threads or max(1, (os.cpu_count() or 1) // count),
@@ -259,51 +267,6 @@ def _fit(base: Checkpoint, objectives: Sequence[Objective]) -> tuple[list[Proble
     return problems, notes
 
 
-def _space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> SearchSpace | None:
-    try:
-        experts = config.experts
-        return SearchSpace.from_dict(config.space, config.base, experts, base.n_layers, config.seed, base.names)
-    except ConfigError as error:
-        problems += [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
-        return None
-
-
-def _placed(config: StudyConfig, problem: Problem) -> Problem:
-    """A problem of "base" or of an expert, at the line of the study file that names the checkpoint."""
-    label = problem.where
-    line = config.where(BASE) if label == BASE else config.where("experts", label)
-    return Problem(problem.message, f"{line}: {label}", problem.hint)
-
-
-def _optimizer_name(config: StudyConfig, space: SearchSpace) -> str:
-    """The study's own choice; else the portfolio for nested spaces and single objectives, `map` for what is left."""
-    if config.optimizer is not None:
-        return config.optimizer
-    nested = len(space.facts().levels) > 1
-    return "coarse_to_fine" if nested or len(config.objectives) == 1 else "map"
-
-
-def _optimizer(config: StudyConfig, space: SearchSpace, objectives: Sequence[Objective], workers: int) -> Optimizer:
-    name = _optimizer_name(config, space)
-    goals = []
-    for objective in objectives:
-        lower, upper = objective.bounds
-        if not objective.maximize:
-            lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
-        goals.append(Goal(objective.name, lower, upper))
-    start = space.encode(space.start())
-    facts = space.facts(workers, config.budget.evaluations)
-    return make(name, space.dim, goals, config.seed, start, config.optimizer_options, facts)
-
-
-def _try_optimizer(config: StudyConfig, space: SearchSpace, objectives: list[Objective]) -> list[Problem]:
-    try:
-        _optimizer(config, space, objectives, workers=1)
-    except ConfigError as error:
-        return [Problem(p.message, p.where or config.where("optimizer"), p.hint) for p in error.problems]
-    return []
-
-
 def _storage_problems(config: StudyConfig) -> list[Problem]:
     """A SQLite file must be in a folder that can be made and written."""
     try:
@@ -320,13 +283,6 @@ def _storage_problems(config: StudyConfig) -> list[Problem]:
     if file.is_dir():
         return [Problem(f"{file} is a folder, not a database file", where=config.where("storage"))]
     return []
-
-
-def _coarse(space: SearchSpace) -> dict[str, int]:
-    """The coordinate of the coarsest level that each gene is tied to, for those that are tied to one alone."""
-    matrix = space.facts().levels[0].matrix
-    tied = [(gene.name, np.flatnonzero(row)) for gene, row in zip(space.genes, matrix, strict=True)]
-    return {name: int(at[0]) for name, at in tied if len(at) == 1}
 
 
 def _header(
@@ -350,6 +306,8 @@ def _header(
         "seed": config.seed,
         "known_recipes": config.known_recipes,
     }
+    if config.merged is not None:
+        identity["merged"] = config.merged
     if config.constraints:
         identity["constraints"] = list(config.constraints)
     # What evomerge chose by itself is kept in the header, not compared: studies from before rungs open too.

@@ -8,7 +8,7 @@ from evomerge.config import StudyConfig
 from evomerge.family import Change
 from evomerge.objectives import Objective
 from evomerge.residency import settle, show_bytes
-from evomerge.space import SearchSpace
+from evomerge.spaces import Space
 from evomerge.storage import mask
 from evomerge.weights import Checkpoint
 from evomerge.worker import WorkerSpec
@@ -18,7 +18,7 @@ def summary_of(
     config: StudyConfig,
     opened: dict[str, Checkpoint],
     objectives: list[Objective],
-    space: SearchSpace,
+    space: Space,
     worker: WorkerSpec,
     known: int,
     changes: dict[str, Change],
@@ -46,7 +46,7 @@ def summary_of(
     }
 
 
-def _dimensions(space: SearchSpace) -> str:
+def _dimensions(space: Space) -> str:
     """ "24 dimensions (model 3, groups 24)": those of the nested spaces too, if there are any."""
     levels = space.facts().levels
     nested = f" ({', '.join(f'{level.name} {level.dim}' for level in levels)})" if len(levels) > 1 else ""

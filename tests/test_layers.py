@@ -18,7 +18,7 @@ LAYERS = (
     {"weights", "family", "residency", "model", "layer_path", "prefix", "scoring", "decoding", "objectives", "storage", "study",
      "_study_rows"},
     {"worker", "moments", "pool", "search", "history", "events"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rungs", "summary", "rescore", "rounds", "selection", "picking",
+    {"config", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore", "rounds", "selection", "picking",
      "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output", "commands", "cli",
      "__main__"},
 )  # fmt: skip

@@ -1,0 +1,120 @@
+"""What a study makes of its `space:` key: the space itself, its known recipes, and an optimizer for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evomerge.config import BASE, MERGED, StudyConfig
+from evomerge.errors import ConfigError, Problem
+from evomerge.moments import whole_model
+from evomerge.objectives import Objective
+from evomerge.optimizers import Goal, Optimizer, make
+from evomerge.recipe import Recipe
+from evomerge.space import SearchSpace, known_recipes
+from evomerge.spaces import Space
+from evomerge.weights import Checkpoint
+
+
+def make_space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> Space | None:
+    """The study's space, or None with what is wrong with it added to `problems`, each at its line."""
+    try:
+        if "path" in config.space:
+            from evomerge.path_space import PathSpace
+
+            return PathSpace.from_dict(
+                config.space,
+                config.base,
+                config.experts,
+                base.n_layers,
+                model_type=str(base.config.get("model_type", "")),
+                merged=config.merged,
+                seed=config.seed,
+            )
+        experts = config.experts
+        return SearchSpace.from_dict(config.space, config.base, experts, base.n_layers, config.seed, base.names)
+    except ConfigError as error:
+        problems += [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
+        return None
+
+
+def known_of(config: StudyConfig, space: Space, n_layers: int) -> list[tuple[str, Recipe]]:
+    """The (label, recipe) pairs that the study evaluates first; none if it wants none."""
+    if not config.known_recipes:
+        return []
+    fine_tunes = {n: p for n, p in config.experts.items() if p != config.base}  # `linear` takes the base as an input
+    found = known_recipes(config.base, fine_tunes, config.seed)
+    if config.merged is not None:
+        whole = whole_model(config.merged, n_layers)
+        point = space.point_of(whole)
+        # In the space's own words, so that a search which comes back to it finds it scored.
+        found.append((MERGED, whole if point is None else space.recipe(point)))
+    return found
+
+
+def merged_problem(config: StudyConfig, problem: Problem) -> Problem | None:
+    """What to say where the checkpoint of `merged:` cannot be opened since the folder is a study's; else None."""
+    folder = Path(config.merged or "")
+    if problem.where != MERGED or config.merged is None or (folder / "config.json").exists():
+        return None
+    if not any(folder.glob("*.db")):
+        return None
+    out = folder / MERGED
+    hint = f"`evomerge export {config.merged} {out}` writes its winner: then `merged: {out}`"
+    return Problem(f"{config.merged} is the folder of a study, not a checkpoint", config.where(MERGED), hint)
+
+
+def placed(config: StudyConfig, problem: Problem) -> Problem:
+    """A problem of "base", "merged" or an expert, at the line of the study file that names the checkpoint."""
+    label = problem.where
+    own = label == BASE or (label == MERGED and config.merged is not None)
+    line = config.where(label) if own else config.where("experts", label)
+    return Problem(problem.message, f"{line}: {label}", problem.hint)
+
+
+def optimizer_name(config: StudyConfig, space: Space) -> str:
+    """The study's own choice; else what suits the space.
+
+    `evolution` for layer orders; the portfolio for nested spaces and single objectives; `map` for what is left.
+    """
+    if config.optimizer is not None:
+        return config.optimizer
+    if "path" in config.space:
+        return "evolution"
+    nested = len(space.facts().levels) > 1
+    return "coarse_to_fine" if nested or len(config.objectives) == 1 else "map"
+
+
+def make_optimizer(config: StudyConfig, space: Space, objectives: Sequence[Objective], workers: int) -> Optimizer:
+    """The study's optimizer, told nothing yet.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    goals = []
+    for objective in objectives:
+        lower, upper = objective.bounds
+        if not objective.maximize:
+            lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
+        goals.append(Goal(objective.name, lower, upper))
+    start = space.encode(space.start())
+    facts = space.facts(workers, config.budget.evaluations)
+    return make(optimizer_name(config, space), space.dim, goals, config.seed, start, config.optimizer_options, facts)
+
+
+def try_optimizer(config: StudyConfig, space: Space, objectives: Sequence[Objective]) -> list[Problem]:
+    """What is wrong with the optimizer's options."""
+    try:
+        make_optimizer(config, space, objectives, workers=1)
+    except ConfigError as error:
+        return [Problem(p.message, p.where or config.where("optimizer"), p.hint) for p in error.problems]
+    return []
+
+
+def coarse_of(space: Space) -> dict[str, int]:
+    """The coordinate of the coarsest level that each gene is tied to, for those that are tied to one alone."""
+    matrix = space.facts().levels[0].matrix
+    tied = [(gene.name, np.flatnonzero(row)) for gene, row in zip(space.genes, matrix, strict=True)]
+    return {name: int(at[0]) for name, at in tied if len(at) == 1}
