@@ -364,7 +364,7 @@ class Scorer:
 def require_same_inputs(study: Study, config: StudyConfig) -> None:
     """Raise unless weights and objectives are those that the study was searched with."""
     identity = study.header.identity
-    for label, path in {"base": config.base, **config.experts}.items():
+    for label, path in config.models.items():
         if Checkpoint(path).digest() != identity["weights"][label]:
             raise EnvironmentProblem(
                 f"the checkpoint {path} ({label}) has changed since the study was searched",

@@ -15,12 +15,12 @@ LAYERS = (
      "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
      "methods", "optimizers", "surrogate", "optimum", "front", "testing",
      "scale_folding", "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
-    {"weights", "family", "residency", "model", "layer_path", "prefix", "scoring", "decoding", "objectives", "storage", "study",
-     "_study_rows"},
+    {"weights", "family", "residency", "model", "layer_path", "prefix", "scoring", "decoding", "objectives", "storage",
+     "study", "_study_rows"},
     {"worker", "moments", "pool", "search", "history", "events"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore", "rounds", "selection", "picking",
-     "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output", "commands", "cli",
-     "__main__"},
+    {"config", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore", "rounds",
+     "selection", "picking", "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output",
+     "commands", "cli", "__main__"},
 )  # fmt: skip
 ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker; history is read by search
 
