@@ -49,6 +49,28 @@ def write_mergekit(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     return data, list(dict.fromkeys(notes))
 
 
+def no_mergekit_form(recipe: Recipe) -> str:
+    """Why no recipe of mergekit is near this one, or "": without its shifts a passthrough's gains are wrong ones."""
+    if recipe.method != "passthrough":
+        return ""
+    sources = [source for piece in recipe.slices for source in piece.sources]
+    every = [recipe.parameters, *(s.parameters for s in sources), *(piece.parameters for piece in recipe.slices)]
+    values = [value for parameters in every for name, value in parameters if name == "shift"]
+    if not any(number != 0.0 for value in values for number in _numbers(value)):
+        return ""
+    return (
+        "its scales are in the gains of norms that are stored less one, which takes passthrough's `shift`; "
+        "mergekit has `scale` alone, and that makes another model"
+    )
+
+
+def _numbers(setting: Any) -> list[Any]:
+    """The values that a setting may take."""
+    if isinstance(setting, Conditional):
+        return _numbers(setting.value)
+    return [n for item in setting for n in _numbers(item)] if isinstance(setting, tuple) else [setting]
+
+
 def _weights_given(recipe: Recipe, method: Method) -> bool:
     """True when every model has a weight for every tensor, or a shared one exists."""
     if dict(recipe.parameters).get("weight") is not None:
@@ -76,6 +98,8 @@ def _differences(recipe: Recipe, method: Method) -> list[str]:
             f"seed {recipe.seed}: mergekit draws its masks from one global generator, in the order "
             "of its schedule; the masks of this recipe cannot be reproduced there"
         )
+    if why := no_mergekit_form(recipe):
+        notes.append(why)
     if recipe.compat == "paper" and method.parameter("sparsify_1d") is not None:
         notes.append("sparsify_1d: mergekit sparsifies 1-D tensors (norm gains, biases) always")
     for piece in recipe.slices:
@@ -94,7 +118,7 @@ def _translate(holder: dict[str, Any], method: Method, notes: list[str]) -> None
             continue
         if param.extension:
             value = parameters.pop(name)
-            if value != param.default and name != "sparsify_1d":  # that one has its own note
+            if value != param.default and name not in ("sparsify_1d", "shift"):  # these have notes of their own
                 notes.append(f"{name}: mergekit has no such parameter (here: {value})")
             continue
         if param.accepts_bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import registry
+from evomerge._recipe_write import no_mergekit_form
 from evomerge.gains import Report, signed
 from evomerge.intervals import interval
 from evomerge.methods import Method
@@ -38,13 +39,14 @@ def model_card(
     hashes = "\n".join(f"| {n} | `{paths[n]}` | `{digests[n][:16]}` |" for n in paths)
     versions = ", ".join(f"{k} {v}" for k, v in study.header.versions.items())
     note = "".join(f"\n- {line}" for line in lost)
-    mergekit = (
-        "`mergekit_config.yml` is the same recipe in mergekit's form."
-        if not lost
-        else f"`mergekit_config.yml` is the nearest recipe in mergekit's form; it cannot express:{note}"
-    )
+    if why := no_mergekit_form(recipe):
+        mergekit = f"There is no form of it for mergekit: {why}."
+    elif lost:
+        mergekit = f"`mergekit_config.yml` is the nearest recipe in mergekit's form; it cannot express:{note}"
+    else:
+        mergekit = "`mergekit_config.yml` is the same recipe in mergekit's form."
     method: Method = registry.get("methods", recipe.method)
-    compatible = "- mergekit-compatible\n" if method.mergekit else ""
+    compatible = "- mergekit-compatible\n" if method.mergekit and not no_mergekit_form(recipe) else ""
     return f"""---
 base_model:
 {parents}

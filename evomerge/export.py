@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite, Problem
+from evomerge._recipe_write import no_mergekit_form
+from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite, Problem, WeightsError
 from evomerge.family import check_family, measure, suspicious, unrelated
 from evomerge.feasible import doubtful, drops_at_random, mixes, refused
 from evomerge.methods import Merge, torch_dtype
@@ -185,12 +186,30 @@ def require_device(device: str) -> None:
         raise ConfigError(f"torch cannot compute on {device!r} here", hint="cpu, or cuda")
 
 
-def write_mergekit(recipe: Recipe, folder: Path) -> list[str]:
-    """Write mergekit_config.yml, with a comment for what that form cannot say; returns the list."""
+def mergekit_form(recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
+    """The recipe for mergekit, told to save as the written model is; None where that would be another model.
+
+    Returns:
+        It, and what mergekit cannot express.
+    """
+    if why := no_mergekit_form(recipe):
+        return None, [why]
     data, lost = recipe.to_mergekit()
-    notes = "".join(f"# mergekit cannot express: {line}\n" for line in lost)
-    (folder / "mergekit_config.yml").write_text(notes + dump_yaml(data), encoding="utf-8")
-    return lost
+    if recipe.compat == "paper" and "out_dtype" not in data:
+        with suppress(WeightsError):  # where a model is not here to say its dtype, the note stays
+            name = str(merged_dtype(recipe)).removeprefix("torch.")
+            if name in ("float32", "bfloat16", "float16"):
+                data["out_dtype"] = name
+                lost = [line for line in lost if not line.startswith("out_dtype:")]
+    return data, lost
+
+
+def write_mergekit(recipe: Recipe, folder: Path) -> None:
+    """Write mergekit_config.yml, with a comment for what that form cannot say; no file where there is no such form."""
+    data, lost = mergekit_form(recipe)
+    if data is not None:
+        notes = "".join(f"# mergekit cannot express: {line}\n" for line in lost)
+        (folder / "mergekit_config.yml").write_text(notes + dump_yaml(data), encoding="utf-8")
 
 
 def write_manifest(folder: Path) -> None:

@@ -14,7 +14,7 @@ from evomerge.card import model_card
 from evomerge.commands import say
 from evomerge.errors import ConfigError
 from evomerge.export import export as write_export
-from evomerge.export import require_free
+from evomerge.export import mergekit_form, require_free
 from evomerge.gains import Report, report
 from evomerge.intervals import Z95, Interval, interval
 from evomerge.objectives import Scores
@@ -116,7 +116,7 @@ def export_candidate(
         scores = {split: scorer.score([chosen], split)[chosen.number] for split in splits}
         gained = _compared(scorer, candidates, chosen, splits)
     _say_report(candidates, gained)
-    lost = chosen.recipe.to_mergekit()[1]
+    lost = mergekit_form(chosen.recipe)[1]
     card = model_card(study, chosen, scores, lost, gained, by_hand=number is not None)
     return write_export(out, chosen.recipe, card, weights=weights)
 
