@@ -42,6 +42,7 @@ class Header:
         rungs: shares of the search items after which a candidate may be stopped, the last is 1; empty: no stopping.
         epochs: rotating subsets of the items, as the arguments of `fidelity.epoch_of`; empty: none.
         coarse: gene -> the coordinate of the space's coarsest level that it is part of, if it is part of one.
+        moments: of a layer-order study with matched scales: source -> what `moments.Observed` saw of its layers.
     """
 
     identity: dict[str, Any]
@@ -53,6 +54,7 @@ class Header:
     rungs: Sequence[float] = ()
     epochs: Mapping[str, Any] = field(default_factory=dict)
     coarse: Mapping[str, int] = field(default_factory=dict)
+    moments: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A line of the study file's `constraints:` is `OBJECTIVE >= LIMIT` where larger is better, and `OBJECTIVE <= LIMIT` where
 smaller is. LIMIT is a number, or `[FACTOR *] RECIPE [+ or - NUMBER]`, with RECIPE one of the recipes that every study
-evaluates first: base, an expert's name, uniform soup, task arithmetic 0.3, ..., or `best expert`: the best value that
-any expert has on this objective. Limits hold for the scores of the search split. Pure numpy; no study is known here.
+evaluates first: base, an expert's name, merged (of a study with `merged:`), uniform soup, task arithmetic 0.3, ..., or
+`best expert`: the best value that any expert has on this objective. Limits hold for the scores of the search split.
+Pure numpy; no study is known here.
 """
 
 from __future__ import annotations
@@ -65,13 +66,15 @@ def read_constraints(
     objectives: Mapping[str, bool],
     experts: Collection[str],
     *,
+    merged: bool = False,
     known_recipes: bool = True,
     bounds: Bounds | None = None,
 ) -> tuple[Constraint, ...]:
     """Read the lines of `constraints:`.
 
-    `objectives` are name -> whether larger is better; `known_recipes` says whether the study evaluates them; `bounds`
-    are each objective's smallest and largest possible value, None where there is none.
+    `objectives` are name -> whether larger is better; `merged` says whether the study has a merged model;
+    `known_recipes` says whether the study evaluates them; `bounds` are each objective's smallest and largest possible
+    value, None where there is none.
 
     Raises:
         ConfigError: with every problem; each is at `constraints[i]`.
@@ -88,9 +91,9 @@ def read_constraints(
         if name not in objectives:
             problems.append(Problem(f"{text!r}: there is no objective {name!r}", where, _close(name, objectives)))
             continue
-        limit = _read_limit(match["limit"], experts)
+        limit = _read_limit(match["limit"], experts, merged)
         if isinstance(limit, str):
-            problems.append(Problem(f"{text!r}: {limit}", where, _close(match["limit"], _labels(experts))))
+            problems.append(Problem(f"{text!r}: {limit}", where, _close(match["limit"], _labels(experts, merged))))
             continue
         labels, factor, offset = limit
         if labels and not known_recipes:
@@ -129,8 +132,8 @@ def shortfalls(values: ArrayLike, floors: ArrayLike) -> Array:
     return np.maximum(missing, 0.0)
 
 
-def _labels(experts: Collection[str]) -> list[str]:
-    return ["base", *experts, *STANDARD, BEST_EXPERT]
+def _labels(experts: Collection[str], merged: bool) -> list[str]:
+    return ["base", *experts, *["merged"] * merged, *STANDARD, BEST_EXPERT]
 
 
 def _close(name: str, known: Collection[str]) -> str:
@@ -138,21 +141,21 @@ def _close(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
-def _read_limit(text: str, experts: Collection[str]) -> tuple[tuple[str, ...], float, float] | str:
+def _read_limit(text: str, experts: Collection[str], merged: bool) -> tuple[tuple[str, ...], float, float] | str:
     """Labels, factor and offset of a limit, or what is wrong with it. Names come first: an expert may be called a-1."""
     if re.fullmatch(_NUMBER, text):
         value = float(text)
         return ((), 1.0, value) if math.isfinite(value) else f"{text} is no finite number"
     factor, offset = 1.0, 0.0
-    if text not in _labels(experts):
+    if text not in _labels(experts, merged):
         scaled = _FACTOR.fullmatch(text)
         if scaled is not None:
             factor, text = float(scaled[1]), scaled[2]
-    if text not in _labels(experts):
+    if text not in _labels(experts, merged):
         moved = _OFFSET.fullmatch(text)
         if moved is not None:
             text, offset = moved[1], float(f"{moved[2]}1") * float(moved[3])
-    if text not in _labels(experts):
+    if text not in _labels(experts, merged):
         return f"{text!r} is neither a number nor a known recipe"
     if not (0.0 < factor < math.inf and math.isfinite(offset)):
         return f"the factor {factor:g} is not above 0, or a number is not finite"

@@ -244,6 +244,7 @@ def _constraints(
             list(texts.values()),
             senses,
             config.experts,
+            merged=config.merged is not None,
             known_recipes=config.known_recipes,
             bounds={o.name: o.bounds for o in objectives},
         )

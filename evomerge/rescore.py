@@ -59,7 +59,8 @@ def table(study: Study, candidates: Sequence[Candidate]) -> np.ndarray:
 def constraints_of(study: Study) -> tuple[Constraint, ...]:
     """The study's constraints."""
     identity = study.header.identity
-    return read_constraints(identity.get("constraints", ()), study.header.objectives, identity.get("experts", ()))
+    texts, experts = identity.get("constraints", ()), identity.get("experts", ())
+    return read_constraints(texts, study.header.objectives, experts, merged="merged" in identity)
 
 
 def floors_of(study: Study, candidates: Sequence[Candidate]) -> np.ndarray:
