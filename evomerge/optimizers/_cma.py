@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,35 @@ TRIES = 64
 CONVERGED = 1e-3  # standard deviation, in unit coordinates, below which a coordinate has nothing left to find
 MAX_CONDITION = 1e12
 FULL = 100  # dimensions; above, only variances are adapted: a full matrix learns in about d^2 evaluations
+
+
+class Distribution(Protocol):
+    """What an asynchronous search draws points from."""
+
+    @property
+    def mean(self) -> Array:
+        """The middle of it `(d,)`."""
+
+    def draw(self, z: Array) -> Array:
+        """Return the point `(d,)` in the cube that standard normal rows `z` `(TRIES, d)` give."""
+
+    def raw(self, z: Array) -> Array:
+        """Return the sample `(d,)` behind that point: what an update is told."""
+
+
+class Runs(Protocol):
+    """The adaptation of a distribution from one start until it has converged."""
+
+    @property
+    def normal(self) -> Distribution:
+        """The current distribution."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more can be learned."""
+
+    def update(self, points: Array, costs: Array) -> None:
+        """Move by one generation of points `(n, d)` with costs `(n,)`, smaller is better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +72,10 @@ class Normal:
         inside = ((points >= 0) & (points <= 1)).all(axis=1)
         point: Array = np.clip(points[int(np.argmax(inside))], 0.0, 1.0)
         return point
+
+    def raw(self, z: Array) -> Array:
+        """Return what `draw` does: points are not rounded."""
+        return self.draw(z)
 
     @property
     def deviations(self) -> Array:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
-from evomerge.optimizers._cma import TRIES, Normal, Run, isotropic, warm_start
+from evomerge.optimizers._cma import TRIES, Distribution, Normal, Run, Runs, isotropic, warm_start
 from evomerge.optimizers._core import (
     Array,
     Facts,
@@ -61,7 +61,7 @@ MOST_DIRECTIONS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class _Told:
+class Told:
     """A result as a direction keeps it: point `(d,)`, values `(m,)` and by how much these miss their floors."""
 
     x: Array
@@ -70,7 +70,7 @@ class _Told:
 
 
 @dataclass(frozen=True, eq=False)
-class _Scale:
+class Scale:
     """The best value of each goal so far and the size of a difference that matters, both `(m,)`."""
 
     best: Array
@@ -103,13 +103,25 @@ class CmaEs:
         self._raw = own is not None
         popsize = max(4 + math.floor(3 * math.log(dim)), math.ceil(facts.workers / (2 * directions)))
         self._directions = [
-            _Direction(w, scalarise == "tchebycheff", start, sigma0, popsize, [seed, i], facts.cells)
+            self._new_direction(w, scalarise == "tchebycheff", start, sigma0, popsize, [seed, i], facts)
             for i, w in enumerate(spread_weights(directions, len(goals)) if own is None else own[None])
         ]
         self._early: list[Array] = []
         self._best = np.full(self._n_goals, -np.inf)
-        self._known: dict[int, tuple[int, _Told]] = {}  # number -> the direction that drew it, and the result
+        self._known: dict[int, tuple[int, Told]] = {}  # number -> the direction that drew it, and the result
         self._numbers: set[int] = set()
+
+    def _new_direction(
+        self,
+        weights: Array,
+        tchebycheff: bool,
+        start: Array,
+        sigma0: float,
+        popsize: int,
+        seeds: list[int],
+        facts: Facts,
+    ) -> Direction:
+        return Direction(weights, tchebycheff, start, sigma0, popsize, seeds, facts.cells)
 
     def ask(self, number: int, pending: Sequence[Array] = ()) -> Array:
         """Return a point drawn from the current distribution of the number's direction; `pending` does not matter."""
@@ -121,7 +133,7 @@ class CmaEs:
         if told is None:
             return
         x, values, _ = told
-        new = _Told(x, values, violation(values, result.floors))
+        new = Told(x, values, violation(values, result.floors))
         if result.number in self._numbers:
             self._replace(result.number, new)
             return
@@ -134,7 +146,7 @@ class CmaEs:
         if drawn is None:
             self._share(result.number, new, NOBODY)
             return
-        new = _Told(drawn.x, values, new.missing)
+        new = Told(drawn.x, values, new.missing)
         self._share(result.number, new, index)
         if drawn.run == self._directions[index].run_number:
             self._directions[index].add(result.number, new, self._scale())
@@ -159,19 +171,19 @@ class CmaEs:
     def _noise(self, number: int) -> Array:
         return rng_for(self._seed, number).standard_normal((TRIES, self._dim))
 
-    def _scale(self) -> _Scale:
+    def _scale(self) -> Scale:
         """Return the best values so far and their distance from the worst early ones that were not broken."""
         one = np.ones(self._n_goals)
         if self._raw or not self._early:
-            return _Scale(self._best if self._early else 0 * one, one)
+            return Scale(self._best if self._early else 0 * one, one)
         early = np.array(self._early)
         bulk = early.max(axis=0) - np.quantile(early, 0.25, axis=0)
         low = early.min(axis=0)
         low = np.where(bulk > 0, np.maximum(low, early.max(axis=0) - BROKEN * bulk), low)
         unit = self._best - low
-        return _Scale(self._best, np.where(unit > 0, unit, 1.0))
+        return Scale(self._best, np.where(unit > 0, unit, 1.0))
 
-    def _share(self, number: int, new: _Told, owner: int) -> None:
+    def _share(self, number: int, new: Told, owner: int) -> None:
         """Show a result to all directions but the one that drew it."""
         if any(direction.waiting for direction in self._directions):
             self._known[number] = (owner, new)
@@ -185,14 +197,14 @@ class CmaEs:
                 direction.begin(self._foreign(i), scale)
                 direction.meet(new, scale)
 
-    def _foreign(self, index: int) -> list[_Told]:
+    def _foreign(self, index: int) -> list[Told]:
         return [told for owner, told in self._known.values() if owner != index]
 
-    def _replace(self, number: int, new: _Told) -> None:
+    def _replace(self, number: int, new: Told) -> None:
         """Take the new score of a result that a start or a coming generation still needs; ignore any other."""
         buffer = self._directions[self._index(number)].buffer
         if number in buffer:
-            new = buffer[number] = _Told(buffer[number].x, new.values, new.missing)
+            new = buffer[number] = Told(buffer[number].x, new.values, new.missing)
         if number in self._known:
             self._known[number] = (self._known[number][0], new)
             for i, direction in enumerate(self._directions):
@@ -200,15 +212,17 @@ class CmaEs:
 
 
 @dataclass(frozen=True, eq=False)
-class _Drawn:
+class Drawn:
     """The exact point `(d,)` that a rounded result came from, and the run that drew it."""
 
     x: Array
     run: int
 
 
-class _Direction:
+class Direction:
     """One scalarisation and the distribution that follows it."""
+
+    _remembered = RECENT
 
     def __init__(
         self,
@@ -221,32 +235,32 @@ class _Direction:
         cells: NDArray[np.intp],
     ) -> None:
         self.run_number = 0
-        self.normal = isotropic(start, sigma0)
-        self.buffer: dict[int, _Told] = {}  # own results since the last update
+        self.buffer: dict[int, Told] = {}  # own results since the last update
         self._weights, self._tchebycheff = weights, tchebycheff
         self._sigma0, self._popsize, self._seeds, self._cells = sigma0, popsize, seeds, cells
-        self._recent = deque([(0, self.normal)], maxlen=RECENT)
-        self._run: Run | None = None  # none until the first generation of a run is complete
-        self._newcomer: _Told | None = None  # the best foreign result since the last update
-        self._means: list[_Told] = []  # the means of the ended runs and of the current one, as far as they are good
+        self.normal = self._around(start)
+        self._recent = deque([(0, self.normal)], maxlen=self._remembered)
+        self._run: Runs | None = None  # none until the first generation of a run is complete
+        self._newcomer: Told | None = None  # the best foreign result since the last update
+        self._means: list[Told] = []  # the means of the ended runs and of the current one, as far as they are good
 
     @property
     def waiting(self) -> bool:
         """Whether the first generation is still to come."""
         return self._run is None and self.run_number == 0
 
-    def drawn(self, x: Array, z: Array) -> _Drawn | None:
+    def drawn(self, x: Array, z: Array) -> Drawn | None:
         """Return where a point comes from, or None if no recent distribution gives it for these normal rows `z`."""
         counted = self._cells > 0
         for run, normal in reversed(self._recent):
-            exact = normal.draw(z)
-            near = np.abs(x - exact) < RECOGNISED
-            same = np.floor(x * self._cells) == np.floor(exact * self._cells)
+            point = normal.draw(z)
+            near = np.abs(x - point) < RECOGNISED
+            same = np.floor(x * self._cells) == np.floor(point * self._cells)
             if bool(np.where(counted, near | same, near).all()):
-                return _Drawn(exact, run)
+                return Drawn(normal.raw(z), run)
         return None
 
-    def costs(self, told: Sequence[_Told], scale: _Scale) -> Array:
+    def costs(self, told: Sequence[Told], scale: Scale) -> Array:
         """Return a cost for each result, smaller is better; each infeasible one costs more than each feasible."""
         values, missing = np.array([t.values for t in told]), np.array([t.missing for t in told])
         away = self._weights * (scale.best - values) / scale.unit
@@ -257,7 +271,7 @@ class _Direction:
         top = cost[feasible].max() if feasible.any() else 0.0
         return np.where(feasible, cost, top + 1.0 + missing)
 
-    def begin(self, foreign: Sequence[_Told], scale: _Scale) -> None:
+    def begin(self, foreign: Sequence[Told], scale: Scale) -> None:
         """Set the start from foreign results, as long as no generation is complete."""
         if not self.waiting or not foreign:
             return
@@ -265,11 +279,11 @@ class _Direction:
         dim = len(self.normal.mean)
         if len(foreign) >= 5 * dim:
             best = order[: max(1, int(BEST_SHARE * len(foreign)))]
-            self._move(warm_start(np.array([foreign[i].x for i in best])))
+            self._move(self._spread(np.array([foreign[i].x for i in best])))
         elif not np.array_equal(self.normal.mean, foreign[order[0]].x):
-            self._move(isotropic(foreign[order[0]].x, self._sigma0))
+            self._move(self._around(foreign[order[0]].x))
 
-    def meet(self, new: _Told, scale: _Scale) -> None:
+    def meet(self, new: Told, scale: Scale) -> None:
         """Keep a foreign result for the next generation if it is the best of them."""
         if self.run_number > 0 or (self._run is None and not self.buffer):
             return  # a later run searches elsewhere; before the first own result the start says it all
@@ -277,20 +291,20 @@ class _Direction:
         if old is None or np.diff(self.costs([old, new], scale))[0] < 0:
             self._newcomer = new
 
-    def add(self, number: int, own: _Told, scale: _Scale) -> None:
+    def add(self, number: int, own: Told, scale: Scale) -> None:
         """Buffer an own result; lambda of them move the distribution."""
         self.buffer[number] = own
         if len(self.buffer) >= self._popsize:
             generation = list(self.buffer.values())
             self._update(generation, scale)
 
-    def settled(self, scale: _Scale) -> Array | None:
+    def settled(self, scale: Scale) -> Array | None:
         """Return the best mean `(d,)` of the ended runs and the current one; None before the first generation."""
         if not self._means:
             return None
         return self._means[int(np.argmin(self.costs(self._means, scale)))].x
 
-    def _update(self, generation: list[_Told], scale: _Scale) -> None:
+    def _update(self, generation: list[Told], scale: Scale) -> None:
         costs = self.costs(generation, scale)
         if self._newcomer is not None:
             withit = self.costs([*generation, self._newcomer], scale)
@@ -300,7 +314,7 @@ class _Direction:
         self.buffer, self._newcomer = {}, None
         first = self._run is None
         if self._run is None:
-            self._run = Run(self.normal, self._popsize, self._seeds[0], self._cells)
+            self._run = self._begin_run()
         self._run.update(np.array([t.x for t in generation]), costs)
         self._note_mean(generation, costs, scale, first)
         if self._run.ended:
@@ -308,12 +322,12 @@ class _Direction:
         else:
             self._move(self._run.normal)
 
-    def _note_mean(self, generation: Sequence[_Told], costs: Array, scale: _Scale, first: bool) -> None:
+    def _note_mean(self, generation: Sequence[Told], costs: Array, scale: Scale, first: bool) -> None:
         """Keep the run's mean with the average of the generation's better half, and the best mean of earlier runs."""
         assert self._run is not None
         half = [generation[i] for i in np.argsort(costs, kind="stable")[: (len(generation) + 1) // 2]]
         values = np.mean([t.values for t in half], axis=0)
-        mean = _Told(self._run.normal.mean, values, float(np.mean([t.missing for t in half])))
+        mean = Told(self._run.normal.mean, values, float(np.mean([t.missing for t in half])))
         earlier = self._means if first else self._means[:-1]
         if len(earlier) > 1:
             earlier = [earlier[int(np.argmin(self.costs(earlier, scale)))]]
@@ -323,10 +337,25 @@ class _Direction:
         self.run_number += 1
         self._popsize *= 2
         self._run = None
-        place = np.random.default_rng([*self._seeds, self.run_number, 1]).random(len(self.normal.mean))
-        self._move(isotropic(place, self._sigma0))
+        self._move(self._around(self._place()))
 
-    def _move(self, normal: Normal) -> None:
+    def _around(self, place: Array) -> Distribution:
+        """Return the distribution with which a run begins at a place `(d,)`."""
+        return isotropic(place, self._sigma0)
+
+    def _spread(self, best: Array) -> Distribution:
+        """Return the distribution with which the first run begins where `best` `(n, d)` are known, best first."""
+        return warm_start(best)
+
+    def _begin_run(self) -> Runs:
+        assert isinstance(self.normal, Normal)
+        return Run(self.normal, self._popsize, self._seeds[0], self._cells)
+
+    def _place(self) -> Array:
+        """Return where the next run begins `(d,)`."""
+        return np.random.default_rng([*self._seeds, self.run_number, 1]).random(len(self.normal.mean))
+
+    def _move(self, normal: Distribution) -> None:
         self.normal = normal
         self._recent.append((self.run_number, normal))
 
