@@ -35,7 +35,9 @@ def model_card(
     recipe = candidate.recipe
     parents = "\n".join(f"- {m}" for m in recipe.models)
     digests = study.header.identity["weights"]
-    paths = {"base": study.header.identity["base"], **study.header.identity["experts"]}
+    identity = study.header.identity
+    paths = {"base": identity["base"], **identity["experts"]}
+    paths |= {"merged": identity["merged"]} if "merged" in identity else {}
     hashes = "\n".join(f"| {n} | `{paths[n]}` | `{digests[n][:16]}` |" for n in paths)
     versions = ", ".join(f"{k} {v}" for k, v in study.header.versions.items())
     note = "".join(f"\n- {line}" for line in lost)

@@ -68,7 +68,7 @@ def run_search(
     prepared = prepare(config, overrides)
     for warning in prepared.warnings:
         _warn(warning)
-    study, existed = open_study(prepared, resume)
+    study, existed = open_study(prepared, resume, inline=inline, on_note=lambda note: say(f"note: {note}"))
     study.acquire()
     hours = config.budget.hours
     budget = Budget(config.budget.evaluations, hours * 3600 if hours else None)
@@ -92,7 +92,7 @@ def run_search(
             optimizer = prepared.make_optimizer(study.header)
             ending = Search(
                 study=study,
-                space=prepared.space,
+                space=prepared.space_of(study.header),
                 optimizer=optimizer,
                 start_pool=lambda: make_pool(
                     prepared.worker,

@@ -15,6 +15,7 @@ from evomerge import registry
 from evomerge.errors import ConfigError, Problem
 from evomerge.fidelity import Fidelity, read_fidelity
 from evomerge.objectives import ObjectiveSpec
+from evomerge.path_space import is_path_spec
 from evomerge.strict_yaml import Document, load_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -154,7 +155,7 @@ class StudyConfig:
 
     def where_in_space(self, key: str) -> str:
         """ "file:line: key" for a key of the space with dots, such as genes.weight.low."""
-        if key.split(".")[0] == "experts":
+        if key.split(".")[0] in ("experts", MERGED):
             document, path = self.document, follow(self.document.data, key)
         else:
             spot = follow(_at(self.space_document.data, self.space_path), key)
@@ -424,7 +425,7 @@ def _check_names(parsed: _StudyFile, document: Document, space: Mapping[str, Any
         if MERGED in parsed.experts:
             message = "an expert cannot be named `merged` beside the key `merged:`, whose model has that name"
             problems.append(Problem(message, document.where(("experts", MERGED)), "rename it"))
-        if "path" not in space:
+        if not is_path_spec(space):
             message = "`merged:` is for spaces of layer orders, and this space has coefficients"
             problems.append(Problem(message, where, "leave it out, list it under `experts:`, or choose such a space"))
     if problems:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -22,8 +22,12 @@ from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import share_text
 from evomerge.model import Outline, check_architecture, check_siblings
+from evomerge.moments import Moments
+from evomerge.moments import measure as measure_moments
 from evomerge.objectives import Fitted, Objective, make_objective
 from evomerge.optimizers import Optimizer
+from evomerge.path_space import PathSpace
+from evomerge.pool import Pool, make_pool
 from evomerge.recipe import Recipe
 from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, show_bytes
 from evomerge.rungs import choose_epochs, choose_rungs, epochs_text
@@ -35,6 +39,7 @@ from evomerge.study_space import (
     known_of,
     make_optimizer,
     make_space,
+    measured,
     merged_problem,
     optimizer_name,
     placed,
@@ -53,6 +58,7 @@ class Prepared:
     """A checked study: every part exists and fits the others.
 
     Attributes:
+        space: as it is before anything is measured; `space_of` a study's record gives the one that it is searched in.
         known: (label, recipe) of the candidates 0..k of the study.
         summary: what `evomerge check` prints.
         warnings: what is worth knowing and stops nothing.
@@ -67,6 +73,10 @@ class Prepared:
     summary: dict[str, Any]
     constraints: tuple[Constraint, ...] = ()
     warnings: tuple[Problem, ...] = ()
+
+    def space_of(self, header: Header) -> Space:
+        """The space of the study with this header: moments are measured once, and kept there."""
+        return measured(self.space, header)
 
     def make_optimizer(self, header: Header) -> Optimizer:
         """A fresh optimizer, ready to be told the history of the study with this header."""
@@ -147,14 +157,23 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
     )
 
 
-def open_study(prepared: Prepared, resume: str = "auto") -> tuple[Study, bool]:
+def open_study(
+    prepared: Prepared,
+    resume: str = "auto",
+    *,
+    inline: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> tuple[Study, bool]:
     """The study's record, and whether it existed already.
 
     Args:
         resume: "auto" continues or starts, "must" only continues, "never" only starts.
+        inline: what a new study has to measure of its models is measured in this process.
+        on_note: told what people should know of that.
 
     Raises:
         StudyConflict: it exists with other settings, or exists (does not exist) against `resume`.
+        EnvironmentProblem: a model of a new study cannot be measured; there is no study then.
     """
     config = prepared.config
     exists = Study.exists(config.storage, config.name)
@@ -163,10 +182,27 @@ def open_study(prepared: Prepared, resume: str = "auto") -> tuple[Study, bool]:
     if not exists and resume == "must":
         raise StudyConflict(f"there is no study {config.name!r} to continue")
     if not exists:
-        return Study.create(config.storage, config.name, prepared.header), False
+        header = replace(prepared.header, moments=_moments(prepared, inline, on_note))
+        return Study.create(config.storage, config.name, header), False
     study = Study.load(config.storage, config.name)
     study.require_identity(prepared.header.identity)
     return study, True
+
+
+def _moments(prepared: Prepared, inline: bool, on_note: Callable[[str], None]) -> Moments:
+    """What a new study has to know of its models: their moments where a space matches scales, else nothing."""
+    space, workers = prepared.space, prepared.config.workers
+    if not isinstance(space, PathSpace) or not space.wants_moments:
+        return {}
+    on_note(f"measuring the hidden states of {len(space.sources)} models, once for this study")
+
+    def start_pool(spec: WorkerSpec) -> Pool:
+        ray = 1 if workers.ray else None
+        return make_pool(spec, local=1, ray=ray, address=workers.address, inline=inline)
+
+    return measure_moments(
+        prepared.worker, space.sources, Checkpoint(prepared.config.base).n_layers, start_pool, on_note
+    )
 
 
 def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:

@@ -16,6 +16,7 @@ from evomerge.history import History
 from evomerge.intervals import Z95, Interval, interval
 from evomerge.objectives import make_objective
 from evomerge.optimum import optimum
+from evomerge.path_space import is_path_spec
 from evomerge.picking import Pick, floors_of_pick
 from evomerge.recipe import Recipe
 from evomerge.rescore import Scorer, floors_of, study_config
@@ -34,10 +35,15 @@ def propose(study: Study, pick: Pick, *, inline: bool, allow_task_code: bool) ->
         One row per objective.
 
     Raises:
-        ConfigError: there are too few results to predict from.
+        ConfigError: there are too few results to predict from, or the study searches layer orders.
         EnvironmentProblem: the recipe could not be scored; it is recorded as failed.
     """
     config = study_config(study, allow_task_code=allow_task_code)
+    if is_path_spec(config.space):
+        raise ConfigError(
+            f"the study {study.name!r} searches layer orders, and scores of new ones cannot be predicted",
+            hint="a surrogate knows coefficients, not which layers stand where: `evomerge front` picks what was scored",
+        )
     with Scorer(study, config, inline=inline) as scorer:
         base = Checkpoint(config.base)
         space = SearchSpace.from_dict(config.space, config.base, config.experts, base.n_layers, config.seed, base.names)

@@ -19,6 +19,7 @@ from evomerge.errors import ConfigError, EnvironmentProblem
 from evomerge.history import oriented
 from evomerge.intervals import Z95, is_share, leads
 from evomerge.objectives import Scores
+from evomerge.path_space import is_path_spec
 from evomerge.recipe import Conditional, Recipe
 from evomerge.rescore import (
     Found,
@@ -203,17 +204,19 @@ def posterior_merits(study: Study, candidates: Sequence[Candidate]) -> dict[int,
     """The merit of every eligible candidate with its values shrunk towards a surrogate of all results, by number.
 
     The luck of one score is not shared by its neighbours (`surrogate.posterior`). Candidates that were stopped early
-    inform the surrogate; recipes outside the space keep their own values. Genes are scaled to their range over the
-    candidates, those that span a factor of 100 by their logarithm, and choices become one column each: the stored rows
-    suffice, so that looking at a study reads no models. Genes that nested spaces tie together keep one scale, and the
-    surrogate knows them as parts of one coordinate.
+    inform the surrogate; recipes outside the space keep their own values, and so do all layer orders: neighbours in
+    their genes may do quite different things. Genes are scaled to their range over the candidates, those that span a
+    factor of 100 by their logarithm, and choices become one column each: the stored rows suffice, so that looking at a
+    study reads no models. Genes that nested spaces tie together keep one scale, and the surrogate knows them as parts
+    of one coordinate.
     """
     done = eligible(candidates)
     if not done:
         return {}
     weights = weights_of(study, candidates)
     shrunk = {c.number: np.array(c.values, dtype=np.float64) for c in done}
-    told = [c for c in candidates if c.params and (c in done or c.estimate is not None)]
+    smooth = not is_path_spec(study.header.identity.get("space"))
+    told = [c for c in candidates if smooth and c.params and (c in done or c.estimate is not None)]
     if told:
         x, ties = _points([c.params or {} for c in told], study.header.coarse)
         values = np.array([c.values or c.estimate for c in told], dtype=np.float64)
@@ -335,9 +338,11 @@ def complexity(recipe: Recipe) -> int:
 
     So it tells levels apart and not points of one level: with one weight per expert it is the number of experts,
     whatever the weights are; groups of layers and components add to it. The values of a curve over depth count one by
-    one.
+    one. Of a layer order each run of layers counts, and each scale.
     """
     found: set[tuple[str, str, Any]] = set()
+    if recipe.method == "passthrough":
+        found |= {("", "layers", index) for index in range(len(recipe.slices))}
 
     def add(owner: str, name: str, value: Any) -> None:
         if isinstance(value, Conditional):

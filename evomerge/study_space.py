@@ -9,21 +9,21 @@ import numpy as np
 
 from evomerge.config import BASE, MERGED, StudyConfig
 from evomerge.errors import ConfigError, Problem
-from evomerge.moments import whole_model
+from evomerge.moments import RMS, whole_model
 from evomerge.objectives import Objective
 from evomerge.optimizers import Goal, Optimizer, make
+from evomerge.path_space import PathSpace, is_path_spec
 from evomerge.recipe import Recipe
 from evomerge.space import SearchSpace, known_recipes
 from evomerge.spaces import Space
+from evomerge.study import Header
 from evomerge.weights import Checkpoint
 
 
 def make_space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> Space | None:
     """The study's space, or None with what is wrong with it added to `problems`, each at its line."""
     try:
-        if "path" in config.space:
-            from evomerge.path_space import PathSpace
-
+        if is_path_spec(config.space):
             return PathSpace.from_dict(
                 config.space,
                 config.base,
@@ -38,6 +38,13 @@ def make_space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -
     except ConfigError as error:
         problems += [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
         return None
+
+
+def measured(space: Space, header: Header) -> Space:
+    """The space of a study with this header: one of layer orders knows the moments of its models."""
+    if not isinstance(space, PathSpace) or not header.moments:
+        return space
+    return space.with_moments({name: moments[RMS] for name, moments in header.moments.items()})
 
 
 def known_of(config: StudyConfig, space: Space, n_layers: int) -> list[tuple[str, Recipe]]:
@@ -81,7 +88,7 @@ def optimizer_name(config: StudyConfig, space: Space) -> str:
     """
     if config.optimizer is not None:
         return config.optimizer
-    if "path" in config.space:
+    if isinstance(space, PathSpace):
         return "evolution"
     nested = len(space.facts().levels) > 1
     return "coarse_to_fine" if nested or len(config.objectives) == 1 else "map"
