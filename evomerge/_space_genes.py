@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from evomerge._recipe_plan import evaluate
+from evomerge.errors import ConfigError, Problem
 
 DECIMALS = 4
 METHOD = "method"  # the gene that chooses among merge methods
@@ -136,6 +138,36 @@ class Gene:
 
     def _place(self, value: Natural) -> int:
         return next(i for i, choice in enumerate(self.choices) if _equal(value, choice))
+
+
+def natural_values(genes: Sequence[Gene], x: ArrayLike) -> dict[str, Natural]:
+    """Return the natural values of a point `(d,)`; coordinates outside [0, 1] are clipped.
+
+    Raises:
+        ValueError: a wrong shape or a NaN.
+    """
+    point = np.asarray(x, dtype=np.float64)
+    if point.shape != (len(genes),) or np.isnan(point).any():
+        raise ValueError(f"not a point of a space with {len(genes)} genes: {x!r}")
+    return {g.name: g.natural(float(u)) for g, u in zip(genes, point, strict=True)}
+
+
+def check_values(genes: Sequence[Gene], params: Mapping[str, Natural]) -> None:
+    """Refuse natural values that these genes do not have.
+
+    Raises:
+        ConfigError: missing or unknown genes, or values that the gene does not have.
+    """
+    known = {gene.name: gene for gene in genes}
+    problems = [Problem("the space has no such gene", name) for name in params if name not in known]
+    for name, gene in known.items():
+        value = params.get(name)
+        if value is None:
+            problems.append(Problem("this gene has no value", name))
+        elif not gene.holds(value):
+            problems.append(Problem(f"{value!r} is not {gene.expected}", name))
+    if problems:
+        raise ConfigError.of(problems, "the point")
 
 
 def _logit(share: float) -> float:

@@ -24,14 +24,16 @@ from evomerge._space_genes import (
     Searched,
     Slot,
     bends,
+    check_values,
     cut,
     from_depth,
     in_slice,
+    natural_values,
     over_depth,
 )
 from evomerge._space_methods import method_named
 from evomerge._space_parts import EVERYTHING, Component, outside_probe, probe
-from evomerge.errors import ConfigError, Problem
+from evomerge.errors import ConfigError
 from evomerge.recipe import Conditional, Recipe, TensorPlan
 
 if TYPE_CHECKING:
@@ -122,10 +124,7 @@ class SearchSpace:
         Raises:
             ValueError: a wrong shape or a NaN.
         """
-        point = np.asarray(x, dtype=np.float64)
-        if point.shape != (self.dim,) or np.isnan(point).any():
-            raise ValueError(f"not a point of a space with {self.dim} genes: {x!r}")
-        return {g.name: g.natural(float(u)) for g, u in zip(self.genes, point, strict=True)}
+        return natural_values(self.genes, x)
 
     def encode(self, params: Mapping[str, Natural]) -> Array:
         """Return the point `(dim,)` of natural values; decoding it gives the values back, rounded.
@@ -133,7 +132,7 @@ class SearchSpace:
         Raises:
             ConfigError: missing or unknown genes, or values that the gene does not have.
         """
-        self._check(params)
+        check_values(self.genes, params)
         return np.array([gene.unit(params[gene.name]) for gene in self.genes])
 
     # ---------------------------------------------------------------- to a recipe
@@ -144,7 +143,7 @@ class SearchSpace:
         Raises:
             ConfigError: as `encode`.
         """
-        self._check(params)
+        check_values(self.genes, params)
         values = {slot: params[g.name] for g, slot in zip(self.genes, self.slots, strict=True)}
         method = str(params.get(METHOD, self.methods[0]))
         pieces = self._pieces(values, self.parameters_of(method))
@@ -317,18 +316,6 @@ class SearchSpace:
         names = [probe(layer, part) for layer in range(self.n_layers) for part in parts]
         names += [outside_probe(f"{place}.{part}") for place in ("embed", "norm") for part in parts]
         return [*names, *map(outside_probe, outside)]
-
-    def _check(self, params: Mapping[str, Natural]) -> None:
-        known = {gene.name: gene for gene in self.genes}
-        problems = [Problem("the space has no such gene", name) for name in params if name not in known]
-        for name, gene in known.items():
-            value = params.get(name)
-            if value is None:
-                problems.append(Problem("this gene has no value", name))
-            elif not gene.holds(value):
-                problems.append(Problem(f"{value!r} is not {gene.expected}", name))
-        if problems:
-            raise ConfigError.of(problems, "the point")
 
 
 def _bent(piece: Piece) -> bool:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 
 LAYERS = (
     {"errors", "registry", "strict_yaml", "faults", "recipe", "_recipe_form", "_recipe_plan", "_recipe_write",
-     "spaces", "path_space", "_path_choices", "_path_edits", "_path_indicators", "_path_form",
+     "spaces", "path_space", "_path_choices", "_path_edits", "_path_indicators", "_path_form", "_path_steps",
      "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
      "methods", "optimizers", "surrogate", "optimum", "front", "testing",
      "scale_folding", "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
