@@ -72,15 +72,18 @@ class Prefixes:
         self._chain, self._layers, self._shared, self._paused = (), (), 0, False
 
     def enter(self, live: LiveModel, recipe: Recipe, plans: Sequence[TensorPlan]) -> None:
-        """The live model is now the recipe's. One whose weights no other candidate can have costs nothing here."""
+        """The live model is now the recipe's. Merged weights are shared with no other, and cost nothing here."""
         layers = live.layers.modules
         if self.problem or not layers or any(plan.method not in POSITION_FREE for plan in plans):
             return
         if self._late is None:
             self._late = late_tensors(live)
+        self.follow(chain(recipe, plans, live.layers.types(), self._late), layers)
+
+    def follow(self, links: Sequence[bytes], layers: Sequence[nn.Module]) -> None:
+        """The next candidate's layers, and for each what names the state behind it; see `chain`."""
         self._candidate += 1
-        self._layers = tuple(layers)
-        self._chain = chain(recipe, plans, live.layers.types(), self._late)
+        self._chain, self._layers = tuple(links), tuple(layers)
         known = itertools.takewhile(lambda link: link in self._seen, self._chain)
         self._shared = sum(1 for _ in known)
         for link in self._chain:
@@ -139,7 +142,7 @@ class Prefixes:
             for handle in handles:
                 handle.remove()
         if any(_tensor_of(state) is None for state in found.values()):
-            self.problem = "its layers give more than a hidden state"
+            self.problem = "its layers do not give a hidden state"
             self._forget()
             self.leave()
             return out
@@ -282,7 +285,7 @@ def late_tensors(live: LiveModel) -> frozenset[str]:
 
 def _keeper(found: dict[int, Any], depth: int) -> Callable[[nn.Module, Any, Any], None]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found[depth] = output
+        found[depth] = _slim(output)
 
     return keep
 
@@ -294,11 +297,15 @@ def _is_watched(layer: nn.Module) -> bool:
     return not theirs or bool(layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
+def _slim(output: Any) -> Any:
+    """What a layer gave without what may stand beside its hidden state: attention weights, which nobody asks for."""
+    return (output[0], *(None for _ in output[1:])) if isinstance(output, tuple) and output else output
+
+
 def _tensor_of(state: Any) -> Tensor | None:
-    """The hidden state that a layer gave, alone or first of a tuple without other tensors."""
-    if isinstance(state, tuple) and state and all(other is None for other in state[1:]):
-        state = state[0]
-    return state if isinstance(state, Tensor) else None
+    """The hidden state that a layer gave, alone or as the first of a tuple."""
+    found = state[0] if isinstance(state, tuple) and state else state
+    return found if isinstance(found, Tensor) else None
 
 
 def _bytes(state: Any) -> int:
