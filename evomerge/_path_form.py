@@ -218,7 +218,8 @@ class _Reader:
             hint = f"1 to {STACKED:g}, times the {self.n_layers} layers of the base"
             self.bad("longest", f"{given!r} is not how long a path may be", hint)
             return self.n_layers
-        return int(math.ceil(given * self.n_layers - 1e-9))  # 1.1 * 10 is 11
+        most: int = math.ceil(given * self.n_layers - 1e-9)  # 1.1 * 10 is 11
+        return most
 
     def _scales(self) -> tuple[float, float] | None:
         folds = foldable(self.model_type)

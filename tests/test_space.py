@@ -19,6 +19,7 @@ from evomerge.strict_yaml import load_yaml
 
 EXPERTS = {"math": "models/math", "code": "models/code"}
 SHIPPED = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+SHIPPED = [path for path in SHIPPED if not path.stem.startswith("path_")]  # those of layer orders: test_path_space
 NAMES = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] + [
     f"model.layers.{i}.{part}.weight" for i in range(8) for part in ("self_attn.q_proj", "mlp.up_proj", "norm")
 ]
