@@ -88,7 +88,7 @@ class Run:
         from evomerge.estimator import ItemMatrix
         from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, SHARE, WORTH_EPOCHS, Schedule
         from evomerge.optimizers import Goal, make
-        from evomerge.racing import Rivals
+        from evomerge.rivals import Rivals
 
         self._arm, self._meter, self._seed = arm, meter, seed
         self._shape, self._ties = landscape.shape, landscape.shape.ties(arm.level or "layers")

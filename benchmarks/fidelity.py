@@ -129,7 +129,7 @@ class Safety:
 def safety(setting: str, full: np.ndarray, studies: int, candidates: int) -> Safety:
     """Replay studies on full scores. full: (merges, objectives, items)."""
     from evomerge.fidelity import RUNGS, Part, count_at, item_order
-    from evomerge.racing import Rivals
+    from evomerge.rivals import Rivals
 
     n_objectives, n = full.shape[1:]
     found = Safety(setting, studies, candidates)
@@ -195,7 +195,7 @@ def search(tasks: Objectives, optimizer_name: str, table: Any, seed: int, candid
     from evomerge.fidelity import RUNGS, SHARE, Schedule
     from evomerge.front import non_dominated
     from evomerge.optimizers import Goal, Result, make
-    from evomerge.racing import Rivals
+    from evomerge.rivals import Rivals
     from evomerge.worker import score_in_rungs
 
     objectives = [TableObjective(own, table) for own in tasks]

@@ -42,6 +42,7 @@ class Header:
         rungs: shares of the search items after which a candidate may be stopped, the last is 1; empty: no stopping.
         epochs: rotating subsets of the items, as the arguments of `fidelity.epoch_of`; empty: none.
         coarse: gene -> the coordinate of the space's coarsest level that it is part of, if it is part of one.
+        terms: how objectives that are scored whole take part in races, as the arguments of `limits.Terms`.
         moments: of a layer-order study with matched scales: source -> what `moments.Observed` saw of its layers.
     """
 
@@ -55,6 +56,7 @@ class Header:
     epochs: Mapping[str, Any] = field(default_factory=dict)
     coarse: Mapping[str, int] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    terms: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Candidate:
         """For people: at which share of the items it was stopped, by which rule, and beside which candidate."""
         if self.state != "stopped":
             return None
-        return str(Stopped(self.attrs["share"], self.attrs["beaten_by"], {}, self.attrs.get("stop_rule", BEATEN)))
+        return str(_stopped_of(self.attrs, {}))
 
     @property
     def source(self) -> str | None:
@@ -171,6 +173,8 @@ def item_rows(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, str]:
 def stopped_rows(scores: Mapping[str, Scores], stopped: Stopped) -> tuple[dict[str, Any], dict[str, str]]:
     """Attributes of a stopped candidate for people, and those that hold its items and their positions."""
     user: dict[str, Any] = {"share": stopped.share, "beaten_by": stopped.beaten_by, "stop_rule": stopped.rule}
+    if stopped.objective:
+        user["stop_objective"] = stopped.objective
     system: dict[str, str] = {}
     for name, score in scores.items():
         user[f"estimate.search.{name}"] = score.value
@@ -193,7 +197,12 @@ def read_stopped(
         for name in names
     }
     positions = {name: read_array(system, f"{POSITIONS}:{name}").astype(np.intp) for name in names}
-    return scores, Stopped(user["share"], user["beaten_by"], positions, user.get("stop_rule", BEATEN))
+    return scores, _stopped_of(user, positions)
+
+
+def _stopped_of(user: Mapping[str, Any], positions: Mapping[str, np.ndarray]) -> Stopped:
+    rule, objective = user.get("stop_rule", BEATEN), user.get("stop_objective", "")
+    return Stopped(user["share"], user["beaten_by"], positions, rule, objective)
 
 
 def array_rows(key: str, array: np.ndarray) -> dict[str, str]:

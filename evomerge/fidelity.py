@@ -54,28 +54,40 @@ class Fidelity:
     Attributes:
         rungs: shares of the items, empty for none.
         epochs: or False for none.
+        keep: share of the best that a candidate must keep in some objective (`limits.py`); 0 for no such rule.
     """
 
     rungs: tuple[float, ...] | None = None
     epochs: Epochs | Literal[False] | None = None
+    keep: float | None = None
 
 
 def read_fidelity(value: Any) -> Fidelity:
-    """The `fidelity:` of a study file: `off`, or `rungs:`, `epochs:` or both.
+    """The `fidelity:` of a study file: `off`, or some of `rungs:`, `epochs:` and `keep:`.
 
     Raises:
         ValueError: it is anything else, the rungs do not ascend to 1, or a number is out of range.
     """
     if value == "off":
         return Fidelity((), False)
-    if not isinstance(value, dict) or not value or not set(value) <= {"rungs", "epochs"}:
+    if not isinstance(value, dict) or not value or not set(value) <= {"rungs", "epochs", "keep"}:
         raise ValueError(
-            "it is `off` or {rungs: [0.125, 0.25, 0.5, 1], epochs: {share: 0.125, candidates: 16}}, or one of the two"
+            "it is `off` or {rungs: [0.125, 0.25, 0.5, 1], epochs: {share: 0.125, candidates: 16}, keep: 0.5}, or some "
+            "of these keys"
         )
     return Fidelity(
         _read_rungs(value["rungs"]) if "rungs" in value else None,
         _read_epochs(value["epochs"]) if "epochs" in value else None,
+        _read_keep(value["keep"]) if "keep" in value else None,
     )
+
+
+def _read_keep(value: Any) -> float:
+    if value == "off":
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError("`keep:` is a share of the best score, above 0 and below 1, or `off`")
+    return float(value)
 
 
 def _read_rungs(rungs: Any) -> tuple[float, ...]:
@@ -222,17 +234,24 @@ class Stopped:
     """Where a candidate was stopped.
 
     Attributes:
-        share: of the items that were scored.
-        beaten_by: the rival's number.
+        share: of the items that were scored; 0 if none was.
+        beaten_by: the number of the rival that it was compared with.
         positions: objective -> the scored items' positions in the split, ascending.
-        rule: by which it was stopped: beaten, outweighed or unpromising; see `racing`.
+        rule: by which it was stopped: beaten, infeasible, outweighed, hopeless or unpromising; see `racing`.
+        objective: whose limit an infeasible candidate misses.
     """
 
     share: float
     beaten_by: int
     positions: Mapping[str, NDArray[np.intp]]
     rule: str = "beaten"
+    objective: str = ""
 
     def __str__(self) -> str:
+        where = f"stopped at {share_text(self.share)}" if self.share else "stopped before scoring"
+        if self.rule == "infeasible":
+            return f"{where}, infeasible: {self.objective} misses its limit"
+        if self.rule == "hopeless":
+            return f"{where}, hopeless: little is left in every objective with items"
         how = {"beaten": "beaten by", "outweighed": "for every weighting beaten, nearest by"}
-        return f"stopped at {share_text(self.share)}, {how.get(self.rule, 'unpromising beside')} #{self.beaten_by}"
+        return f"{where}, {how.get(self.rule, 'unpromising beside')} #{self.beaten_by}"

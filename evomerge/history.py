@@ -14,9 +14,11 @@ from numpy.typing import ArrayLike
 
 from evomerge.estimator import ItemMatrix
 from evomerge.fidelity import Schedule
+from evomerge.limits import Terms
 from evomerge.objectives import Scores
 from evomerge.optimizers import Recommendation, Result
-from evomerge.racing import Race, Rivals
+from evomerge.racing import Race
+from evomerge.rivals import Rivals
 from evomerge.space import Natural
 from evomerge.spaces import Space
 from evomerge.study import Candidate, Study
@@ -50,7 +52,9 @@ class History:
         self.failures_in_a_row = 0
         self.copies_in_a_row = 0
         self._schedule = Schedule(header.identity.get("seed", 0), tuple(header.rungs), header.epochs)
-        self._rivals = Rivals(header.objectives, study.items)
+        self._terms = Terms.of(header.terms)
+        self._rivals = Rivals(header.objectives, study.items, self._terms)
+        self._whole_scores: list[np.ndarray] = []  # (2, M): values and their variances
         self._matrix = ItemMatrix(study.items)
         self._study, self._space, self._wants_items = study, space, wants_items
         self._ups = list(header.objectives.values())
@@ -71,7 +75,9 @@ class History:
         self.finished[candidate.fingerprint] = candidate
         if candidate.values is None:
             return
-        self._rivals.add(candidate.number, candidate.values)
+        errors = np.nan_to_num(np.array(candidate.stderr or [0.0] * len(self._ups)))
+        self._whole_scores.append(np.array([candidate.values, errors**2]))
+        self._rivals.add(candidate.number, candidate.values, errors.tolist())
         self._matrix.add(candidate.number)
         if candidate.label is not None:
             self._labelled[candidate.label] = candidate.values
@@ -89,7 +95,7 @@ class History:
             to_the_end: score it in full whatever comes.
         """
         part = self._schedule.part(number, to_the_end=to_the_end)
-        return None if part is None else self._rivals.race(part, to_the_end=to_the_end)
+        return None if part is None else self._rivals.race(part, to_the_end=to_the_end, floors=self._floors)
 
     def attrs(self, outcome: Outcome, *, to_the_end: bool) -> dict[str, Any]:
         """What is recorded of an outcome beside scores: its own attributes, and its epoch."""
@@ -98,17 +104,30 @@ class History:
     def refined(self, outcome: Outcome) -> Mapping[str, Mapping[str, Scores]]:
         """The outcome's scores; the estimates of a stopped candidate by all earlier ones, where that is more precise.
 
-        What comes back is stored, and never computed again.
+        Of an objective of which it has no item (it was too deep to be scored at all) nothing is known but what
+        candidates have: their mean, and how far one of them is from it. What comes back is stored, and never computed
+        again.
         """
         if outcome.stopped is None:
             return outcome.scores
         refined = {}
         for index, name in enumerate(self._study.header.objectives):
             score = refined[name] = outcome.scores["search"][name]
+            if name in self._terms.whole:
+                continue
+            if len(score.items) == 0:
+                refined[name] = self._prior(index, score)
+                continue
             found = self._matrix.estimate(index, score.items, outcome.stopped.positions[name])
             if found is not None and found.stderr < score.stderr:
                 refined[name] = replace(score, value=found.value, stderr=found.stderr)
         return {**outcome.scores, "search": refined}
+
+    def _prior(self, index: int, unknown: Scores) -> Scores:
+        """An objective's mean over all candidates scored in full, and the deviation of a further one's score."""
+        values, variances = np.array(self._whole_scores)[:, :, index].T
+        deviation = float(np.sqrt(values.var() + variances.mean()))
+        return replace(unknown, value=float(values.mean()), stderr=deviation)
 
     def result(self, candidate: Candidate) -> Result:
         """What the optimizer is told of an ended candidate."""

@@ -30,7 +30,7 @@ from evomerge.path_space import PathSpace
 from evomerge.pool import Pool, make_pool
 from evomerge.recipe import Recipe
 from evomerge.residency import TABLES_BYTES, Memory, device_bytes, host_bytes, show_bytes
-from evomerge.rungs import choose_epochs, choose_rungs, epochs_text
+from evomerge.rungs import choose_epochs, choose_rungs, choose_terms, epochs_text, terms_text
 from evomerge.spaces import Space
 from evomerge.storage import hide_passwords, sqlite_file
 from evomerge.study import Header, Study
@@ -152,7 +152,8 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         constraints=constraints,
         summary=summary_of(config, opened, objectives, space, worker, len(known), changes, optimizer)
         | {"rungs": ", ".join(map(share_text, rungs)) or f"off{': ' if why_none else ''}{why_none}"}
-        | {"epochs": epochs_text(epochs) or f"off{': ' if why_no_epochs else ''}{why_no_epochs}"},
+        | {"epochs": epochs_text(epochs) or f"off{': ' if why_no_epochs else ''}{why_no_epochs}"}
+        | terms_text(config, objectives, raced=bool(rungs or epochs)),
         warnings=(*doubts, *(placed(config, p) for p in warnings)),
     )
 
@@ -197,8 +198,7 @@ def _moments(prepared: Prepared, inline: bool, on_note: Callable[[str], None]) -
     on_note(f"measuring the hidden states of {len(space.sources)} models, once for this study")
 
     def start_pool(spec: WorkerSpec) -> Pool:
-        ray = 1 if workers.ray else None
-        return make_pool(spec, local=1, ray=ray, address=workers.address, inline=inline)
+        return make_pool(spec, inline=inline, **workers.pool_options(1))
 
     return measure_moments(
         prepared.worker, space.sources, Checkpoint(prepared.config.base).n_layers, start_pool, on_note
@@ -215,7 +215,7 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available() and workers.ray is None:
         raise EnvironmentProblem("`workers.device` is cuda, but torch finds no CUDA device here")
-    count = workers.local or workers.ray or 1
+    count = workers.count
     # A Ray actor has a GPU of its own; local workers on "cuda" take the machine's GPUs in turn.
     gpus = torch.cuda.device_count() if device == "cuda" and workers.local else 1
     memory = Memory(
@@ -232,7 +232,7 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
         models=tuple(config.models.values()),
         objectives=config.objectives,
         device=device,
-        threads=threads or workers.threads or max(1, (os.cpu_count() or 1) // count),
+        threads=threads or workers.threads or (1 if workers.address else max(1, (os.cpu_count() or 1) // count)),
         allowed_s=workers.timeout_s,
         memory=memory,
     )
@@ -347,6 +347,8 @@ def _header(
         identity["merged"] = config.merged
     if config.constraints:
         identity["constraints"] = list(config.constraints)
+    if config.fidelity.keep is not None:
+        identity["keep"] = config.fidelity.keep
     # What evomerge chose by itself is kept in the header, not compared: studies from before rungs open too.
     if config.fidelity.rungs is not None:
         identity["fidelity"] = list(config.fidelity.rungs)
@@ -361,5 +363,8 @@ def _header(
         "overrides": [o for o in overrides if not o.startswith("storage=")],
     }
     directions = {o.name: o.maximize for o in objectives}
-    count = config.workers.local or config.workers.ray or 1
-    return Header(identity, directions, study_file, versions, worker.threads, count, list(rungs), epochs, coarse)
+    count = config.workers.count
+    terms = choose_terms(config, objectives) if rungs or epochs else {}
+    return Header(
+        identity, directions, study_file, versions, worker.threads, count, list(rungs), epochs, coarse, terms=terms
+    )

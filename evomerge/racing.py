@@ -1,7 +1,7 @@
 """Racing: a candidate is compared item by item with those scored in full, and stops when it is beaten.
 
 A candidate is scored in parts of the search split (`fidelity.py` says which). After each part but the last, its items
-are compared with the same items of fully scored rivals. Three rules stop it, in this order:
+are compared with the same items of fully scored rivals. Three rules of comparison stop it:
 
 **beaten**: one rival is better in *every* objective with confidence; then no trade-off of objectives can make it the
 study's choice. The test asks about the finite split, not about some larger population: is the candidate's score over
@@ -34,6 +34,26 @@ nothing of candidates that are on the front but the best for no weighting of the
 its sum or minimum is within `GATE` standard errors of the best rival's. This is an allocation of effort and no proof:
 of candidates exactly as good as the best, about one in six stops here.
 
+**infeasible** and **hopeless** are not about rivals: `limits.py`. The order is beaten, infeasible, outweighed,
+hopeless, unpromising; an objective that is scored whole and misses its limit comes before all.
+
+**Objectives that are scored whole**: the depth of a model is known before any forward pass, its latency is measured
+once, beside the first part of the others' items. Their part in the rules:
+
+* exact ones (depth, size) are compared by value, without error. A rival beats a candidate if it is *at least equal* in
+  all of these and better with confidence in every objective with items: of two models of one depth the better one
+  wins, and no verdict waits for a difference in depth that cannot come. The level is that of the other objectives.
+* measured ones (latency) are compared by Welch's t test on the values and their standard errors (Welch 1947); as a term
+  of a sum its variance is widened to what the t distribution asks for at that level. The error is that of runs within
+  one candidate: a machine that slows down between two candidates is not in it.
+* in `outweighed` and `unpromising` an exact objective in which the candidate and all rivals are equal has no weight.
+  For a weighting of exact objectives alone a candidate with the best value ties with the rivals of that value; ties
+  are decided by the other objectives: it goes on if for some weighting of these it is not below the best of them.
+
+With constraints the rivals are feasible ones, once there are any. Until then only the first rule compares with rivals:
+one that is better in everything misses every limit by less, but infeasible models that outweigh a candidate together
+could cost the first feasible one.
+
 Guards: no verdict on fewer than `FEWEST` items of an objective; the first two rules spare a candidate that trails by
 less than `TINY` standard deviations of the rival's own items, however certain that is.
 """
@@ -42,17 +62,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, stdtr, stdtrit
+from scipy.special import ndtr, stdtr, stdtrit
 
-from evomerge.fidelity import Part, count_at, item_order
-from evomerge.front import non_dominated
+from evomerge.finite_split import p_not_beaten
+from evomerge.limits import Limits, Whole
 
 Array = NDArray[np.float64]
 
@@ -60,6 +80,7 @@ RISK = 0.01  # of stopping a candidate that is not beaten, over all rungs and ri
 GATE = 1.0  # standard errors: what an epoch's last look allows a candidate to lack
 FEWEST = 16  # items of an objective before any verdict
 TINY = 0.02  # standard deviations of the rival's items; a point of accuracy where half of the items are right
+SAME = 1e-12  # of a range: exact values that differ by rounding alone
 MOST_RIVALS = 8
 MOST_WEIGHTINGS = 16
 MOST_BYTES = 400_000  # of rivals' items that travel with one job
@@ -87,10 +108,12 @@ class Rival:
     """A fully scored candidate that others are compared with.
 
     Attributes:
-        items: per objective `(n, ...)`, in the order of the race, up to the last part before the whole.
+        items: per objective `(n, ...)`, in the order of the race, up to the last part before the whole; empty for one
+            that is scored whole.
         values: per objective, over all N items.
         scales: per objective, the mean of b over all N items of the form (a, b); 1 for plain items.
         spreads: per objective, the standard deviation of the contributions of all N items.
+        whole: index of an objective -> its score, for those that are scored whole.
     """
 
     number: int
@@ -98,13 +121,28 @@ class Rival:
     values: tuple[float, ...]
     scales: tuple[float, ...]
     spreads: tuple[float, ...]
+    whole: Mapping[int, Whole] = field(default_factory=dict)
 
 
 class Verdict(NamedTuple):
-    """A candidate stops: the rival that it was compared with, and the rule by its name."""
+    """A candidate stops: the rival that it is compared with, the rule by its name, and the objective that decided."""
 
     rival: Rival
     rule: str
+    objective: int | None = None
+
+
+class _Seen(NamedTuple):
+    """What is known of a candidate: per objective the items and the number of all, and scores of whole objectives."""
+
+    items: Mapping[int, Array]
+    sizes: Sequence[int]
+    whole: Mapping[int, Whole]
+
+    @property
+    def exact(self) -> set[int]:
+        """Objectives whose value has no error."""
+        return {j for j, score in self.whole.items() if score.stderr == 0.0}
 
 
 class _Gain(NamedTuple):
@@ -125,8 +163,9 @@ class Race:
         rivals: none for a candidate that is scored in full whatever its scores are.
         maximize: per objective, whether larger is better.
         low, span: per objective, the worst value on the front, larger is better, and the range from there to the best;
-            empty for a race by the first rule alone.
+            empty for a race without the rules `outweighed` and `unpromising`.
         gate: the share at which unpromising candidates stop; 1 for none.
+        limits: what a candidate must reach whoever its rivals are.
     """
 
     seed: int
@@ -136,84 +175,178 @@ class Race:
     low: tuple[float, ...] = ()
     span: tuple[float, ...] = ()
     gate: float = 1.0
+    limits: Limits = field(default_factory=Limits)
 
-    def verdict(self, items: Sequence[Array], sizes: Sequence[int], share: float | None = None) -> Verdict | None:
+    def missed(self, whole: Mapping[int, Whole]) -> Verdict | None:
+        """Whether a candidate stops for the objectives that are scored whole alone: index of the objective -> score."""
+        objective = self.limits.missed(whole, self.maximize) if self.rivals else None
+        return None if objective is None else Verdict(self.rivals[0], "infeasible", objective)
+
+    def verdict(
+        self,
+        items: Sequence[Array],
+        sizes: Sequence[int],
+        share: float | None = None,
+        whole: Mapping[int, Whole] | None = None,
+    ) -> Verdict | None:
         """Whether a candidate stops, or None: it goes on.
 
         Args:
             items: per objective `(n, ...)`, the seen items in the order of the race.
             sizes: per objective, the number of items of the split.
             share: the rung that they make.
+            whole: index of an objective -> its score, for those that are scored whole; their items do not count.
         """
-        if not self.rivals or any(len(mine) < FEWEST for mine in items):
+        if not self.rivals:
             return None
+        whole = whole or {}
+        seen = _Seen({j: mine for j, mine in enumerate(items) if j not in whole}, sizes, whole)
+        fewest = min(map(len, seen.items.values()))
         looks = max(1, len(self.rungs) - 1)
-        level = RISK / (looks * len(self.rivals))
-        found = [(self._p_value(rival, items, sizes, level), rival) for rival in self.rivals]
-        p_value, best = min(found, key=lambda f: f[0])
-        if p_value <= level:
-            return Verdict(best, "beaten")
-        if not self.span:
+        found = self.missed(whole)
+        if found is None and fewest >= FEWEST:
+            found = self._beaten(seen, RISK / (looks * len(self.rivals)))
+        if found is not None:
+            return found
+        enough = {j: mine for j, mine in seen.items.items() if len(mine) >= FEWEST}
+        all_sizes = dict(enumerate(sizes))
+        objective = self.limits.infeasible(enough, all_sizes, self.maximize, RISK / looks)
+        if objective is not None:
+            return Verdict(self.rivals[0], "infeasible", objective)
+        if fewest < FEWEST:
             return None
-        if len(items) > 1:
-            z = float(-stdtrit(min(map(len, items)) - 1, RISK / (looks * len(items))))
-            nearest = self._nearest(items, sizes, z, guarded=True)
+        if self.span and len(items) > 1:
+            z = float(-stdtrit(fewest - 1, RISK / (looks * len(items))))
+            nearest = self._nearest(seen, z, guarded=True)
             if nearest is not None:
                 return Verdict(nearest, "outweighed")
-        nearest = self._nearest(items, sizes, GATE, guarded=False) if share == self.gate else None
+        if self.limits.hopeless(seen.items, all_sizes, self.maximize, RISK / looks):
+            return Verdict(self.rivals[0], "hopeless")
+        nearest = self._nearest(seen, GATE, guarded=False) if self.span and share == self.gate else None
         return None if nearest is None else Verdict(nearest, "unpromising")
 
-    def _p_value(self, rival: Rival, items: Sequence[Array], sizes: Sequence[int], level: float) -> float:
+    def _beaten(self, seen: _Seen, level: float) -> Verdict | None:
+        found = [(self._p_value(rival, seen, level), rival) for rival in self.rivals]
+        p_value, best = min(found, key=lambda f: f[0])
+        return Verdict(best, "beaten") if p_value <= level else None
+
+    def _p_value(self, rival: Rival, seen: _Seen, level: float) -> float:
         """Of the hypothesis that this rival does not beat the candidate: the largest over objectives; 1 above level."""
         largest = 0.0
-        for j, (mine, size, up) in enumerate(zip(items, sizes, self.maximize, strict=True)):
-            difference = differences(mine, rival, j)
-            if difference is None:
-                return 1.0
-            gain = difference if up else -difference
-            if -gain.mean() < TINY * rival.spreads[j]:
-                return 1.0
-            largest = max(largest, p_not_beaten(gain, size))
+        for j, up in enumerate(self.maximize):
+            if j in seen.whole:
+                largest = max(largest, _p_whole(seen.whole[j], rival, j, up))
+            else:
+                difference = differences(seen.items[j], rival, j)
+                if difference is None:
+                    return 1.0
+                gain = difference if up else -difference
+                if -gain.mean() < TINY * rival.spreads[j]:
+                    return 1.0
+                largest = max(largest, p_not_beaten(gain, seen.sizes[j]))
             if largest > level:
                 return 1.0  # whatever the other objectives say
         return largest
 
-    def _nearest(self, items: Sequence[Array], sizes: Sequence[int], z: float, *, guarded: bool) -> Rival | None:
+    def _nearest(self, seen: _Seen, z: float, *, guarded: bool) -> Rival | None:
         """The rival whose weighted sum the candidate misses by least; None if it does not miss all sums and minima."""
-        gains = [self._gains(rival, items, sizes, guarded=guarded) for rival in self.rivals]
-        values = np.array([rival.values for rival in self.rivals]) * np.where(self.maximize, 1.0, -1.0)
-        low, span = np.array(self.low), np.array(self.span)
-        found: list[tuple[float, Rival]] = []
-        for shares in np.array(weightings(len(self.maximize))):
+        gains = [self._gains(rival, seen, z, guarded=guarded) for rival in self.rivals]
+        constant = {j for j in seen.exact if all(g is None or (g.mean[j], g.variance[j]) == (0.0, 0.0) for g in gains)}
+        columns = [j for j in range(len(self.maximize)) if j not in constant]
+        if guarded and len(columns) < 2:
+            return None  # in one objective the best rival beats a candidate, or nobody does
+        found = self._missed_by(range(len(gains)), columns, gains, seen.exact, z)
+        return None if found is None else self.rivals[found[1]]
+
+    def _missed_by(
+        self, members: Sequence[int], columns: Sequence[int], gains: Sequence[_Gain | None], exact: set[int], z: float
+    ) -> tuple[float, int] | None:
+        """How near the candidate comes to a rival's weighted sum, and to whose; None if it does not miss them all.
+
+        Args:
+            members: the rivals that count, as indices.
+            columns: the objectives that count; those in `exact` have no error.
+        """
+        signs = np.where(self.maximize, 1.0, -1.0)
+        values = (np.array([self.rivals[i].values for i in members]) * signs)[:, columns]
+        low, span = np.array(self.low)[columns], np.array(self.span)[columns]
+        found: list[tuple[float, int]] = []
+        for shares in np.array(weightings(len(columns))):
             weight, used = shares / span, shares > 0.0
             sums, minima = values @ weight, ((values - low) / span)[:, used] / shares[used]
-            first, second = int(sums.argmax()), int(minima.min(axis=1).argmax())
+            first, second = members[int(sums.argmax())], members[int(minima.min(axis=1).argmax())]
             one, other = gains[first], gains[second]
             if one is None or other is None:
                 return None
-            above = float(weight @ one.mean) + z * math.sqrt(float(weight**2 @ one.variance))
-            if above >= 0.0 or -weight @ one.mean < weight @ one.least:
+            lead = float(weight @ one.mean[columns])
+            decided = [j for j, has in zip(columns, used, strict=True) if has]
+            if exact.issuperset(decided) and abs(lead) < SAME:
+                tied = self._tied(members, decided, gains)
+                rest = [j for j in columns if j not in decided]
+                nearest = self._missed_by(tied, rest, gains, exact, z) if tied and rest else None
+                if nearest is None:
+                    return None
+                found.append(nearest)
+                continue
+            above = lead + z * math.sqrt(float(weight**2 @ one.variance[columns]))
+            if above >= 0.0 or -lead < weight @ one.least[columns]:
                 return None
-            needed = (low + float(minima[second].min()) * shares * span - values[second])[used]
-            most = other.mean + z * np.sqrt(other.variance)
-            if not ((most[used] < needed) & (needed - other.mean[used] >= other.least[used])).any():
+            best = float(minima.min(axis=1).max())
+            needed = (low + best * shares * span - values[members.index(second)])[used]
+            mean, error = other.mean[columns][used], np.sqrt(other.variance[columns][used])
+            if not ((mean + z * error < needed) & (needed - mean >= other.least[columns][used])).any():
                 return None
-            found.append((above, self.rivals[first]))
-        return max(found, key=lambda f: f[0])[1]
+            found.append((above, first))
+        return max(found, key=lambda f: f[0])
 
-    def _gains(self, rival: Rival, items: Sequence[Array], sizes: Sequence[int], *, guarded: bool) -> _Gain | None:
+    def _tied(self, members: Sequence[int], columns: Sequence[int], gains: Sequence[_Gain | None]) -> list[int]:
+        """Rivals that equal the candidate in these objectives."""
+        return [i for i in members if (gain := gains[i]) is not None and not gain.mean[columns].any()]
+
+    def _gains(self, rival: Rival, seen: _Seen, z: float, *, guarded: bool) -> _Gain | None:
         """Over a rival; None where items do not compare. Guarded: with the imaginary item, and a least loss."""
         rows = []
-        for j, (mine, size, up) in enumerate(zip(items, sizes, self.maximize, strict=True)):
+        for j, up in enumerate(self.maximize):
+            least = TINY * rival.spreads[j] if guarded else 0.0
+            if j in seen.whole:
+                rows.append((*_gain_of(seen.whole[j], rival.whole[j], up, z), least))
+                continue
+            mine = seen.items[j]
             difference = differences(mine, rival, j)
             if difference is None:
                 return None
             gain = difference if up else -difference
             if guarded:
                 gain = np.append(gain, 2.0 * np.abs(gain).max() or rival.spreads[j])
-            unseen = 1.0 / len(mine) - 1.0 / size
-            rows.append((gain.mean(), gain.var(ddof=1) * unseen, TINY * rival.spreads[j] if guarded else 0.0))
+            unseen = 1.0 / len(mine) - 1.0 / seen.sizes[j]
+            rows.append((gain.mean(), gain.var(ddof=1) * unseen, least))
         return _Gain(*np.array(rows).T)
+
+
+def _p_whole(mine: Whole, rival: Rival, objective: int, up: bool) -> float:
+    """P-value of "the candidate is better" (exact: 0 or 1) or "not worse" (measured) in an objective scored whole."""
+    theirs = rival.whole[objective]
+    gain = mine.value - theirs.value if up else theirs.value - mine.value
+    error, freedom = _welch(mine, theirs)
+    if error == 0.0:
+        return float(gain > 0.0)
+    return 1.0 if -gain < TINY * rival.spreads[objective] else float(stdtr(freedom, gain / error))
+
+
+def _gain_of(mine: Whole, theirs: Whole, up: bool, z: float) -> tuple[float, float]:
+    """What a candidate gains, and its variance: wide enough that z standard errors are the t distribution's."""
+    gain = mine.value - theirs.value if up else theirs.value - mine.value
+    error, freedom = _welch(mine, theirs)
+    widened = error * float(stdtrit(freedom, float(ndtr(-z)))) / z if error > 0.0 else 0.0
+    return gain, widened**2
+
+
+def _welch(mine: Whole, theirs: Whole) -> tuple[float, float]:
+    """The standard error of a difference, and its degrees of freedom (Welch 1947)."""
+    a, b = mine.stderr**2, theirs.stderr**2
+    if a + b == 0.0:
+        return 0.0, 1.0
+    return math.sqrt(a + b), (a + b) ** 2 / (a**2 / max(1, mine.runs - 1) + b**2 / max(1, theirs.runs - 1))
 
 
 def differences(mine: Array, rival: Rival, objective: int) -> Array | None:
@@ -227,40 +360,6 @@ def differences(mine: Array, rival: Rival, objective: int) -> Array | None:
         return None
     difference: Array = (mine[:, 0] - theirs[:, 0]) / rival.scales[objective]
     return difference
-
-
-def p_not_beaten(gain: Array, size: int) -> float:
-    """P-value of "over all `size` items the mean gain is not negative", from the gains `(n,)` of the seen ones."""
-    n = len(gain)
-    total = float(gain.sum())
-    if n < 2 or total >= 0.0:
-        return 1.0
-    moved = np.abs(gain[gain != 0.0])
-    if np.allclose(moved, moved[0], rtol=1e-9, atol=0.0):
-        m, wins = len(moved), int((gain > 0.0).sum())
-        most = m + size - n
-        most -= most % 2 if most > m else 0  # of an odd number more than half are in its favour: a lighter tail
-        return _hypergeometric(wins, most, -(-most // 2), m)
-    guarded = np.append(gain, 2.0 * moved.max())
-    deviation = float(guarded.std(ddof=1))
-    spread = float(gain.std(ddof=1))
-    skew = max(0.0, float(((gain - gain.mean()) ** 3).mean()))
-    mean = float(guarded.mean()) + skew / spread**2 * (1.0 / (6.0 * n) + (gain.mean() / spread) ** 2 / 3.0)
-    unseen = 1.0 - n / size
-    if mean >= 0.0 or unseen <= 0.0:
-        return 1.0 if mean >= 0.0 else 0.0
-    return float(stdtr(n - 1, mean / (deviation * np.sqrt(unseen / n))))
-
-
-def _hypergeometric(wins: int, total: int, good: int, drawn: int) -> float:
-    """Probability of at most `wins` good ones among `drawn` of `total`, of which `good` are good."""
-    k = np.arange(max(0, drawn - (total - good)), wins + 1)
-    ways = _log_choose(good, k) + _log_choose(total - good, drawn - k) - _log_choose(total, drawn)
-    return min(1.0, float(np.exp(ways).sum()))
-
-
-def _log_choose(n: Any, k: Any) -> Any:
-    return gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)
 
 
 def estimate(value: float, stderr: float, mine: Array, rival: Rival, objective: int, size: int) -> tuple[float, float]:
@@ -280,78 +379,3 @@ def estimate(value: float, stderr: float, mine: Array, rival: Rival, objective: 
     n = len(difference)
     variance = stderr**2 * n / size + float(difference.var(ddof=1)) * (1.0 / n - 1.0 / size)
     return rival.values[objective] + float(difference.mean()), float(np.sqrt(variance))
-
-
-class Rivals:
-    """The fully scored candidates of a study, and which of them the next candidate has to beat.
-
-    A single objective has one rival, the incumbent. Of a front, first come the best of each weighting, those of most
-    weightings before others, then those with the best mean over objectives, each scaled to its range over the
-    front; at most `MOST_RIVALS`, and fewer where their items would exceed `MOST_BYTES` per job. A weighting whose best
-    does not travel is raced against the best that does.
-
-    Args:
-        objectives: name -> whether larger is better.
-        load: number -> the items of every objective, in the split's order.
-    """
-
-    def __init__(self, objectives: Mapping[str, bool], load: Callable[[int], Sequence[Array]]) -> None:
-        self._objectives, self._load = dict(objectives), load
-        self._values: dict[int, tuple[float, ...]] = {}
-        self._made: dict[tuple[int, Part], Rival] = {}
-
-    def add(self, number: int, values: Sequence[float]) -> None:
-        """A candidate was scored in full. values: in the objectives' own directions."""
-        self._values[number] = tuple(values)
-
-    def race(self, part: Part, *, to_the_end: bool = False) -> Race:
-        """How the next candidate is scored.
-
-        Args:
-            part: the order of its items, its rungs and its gate.
-            to_the_end: score it in full whatever comes, though in the same parts as any other, so that the same
-                items share a batch.
-        """
-        if to_the_end or len(part.rungs) == 1 or not self._values:
-            return Race(part.seed, part.rungs)
-        numbers, low, span = self._chosen()
-        self._made = {(n, part): self._made.get((n, part)) or self._make(n, part) for n in numbers}
-        rivals: list[Rival] = []
-        room = MOST_BYTES
-        for rival in self._made.values():
-            room -= sum(array.nbytes for array in rival.items)
-            if rivals and room < 0:
-                break
-            rivals.append(rival)
-        ups = tuple(self._objectives.values())
-        return Race(part.seed, part.rungs, tuple(rivals), ups, tuple(low.tolist()), tuple(span.tolist()), part.gate)
-
-    def _chosen(self) -> tuple[list[int], Array, Array]:
-        """Numbers of the rivals, best first; the front's worst values and its ranges."""
-        numbers = np.array(sorted(self._values))
-        signs = np.where(list(self._objectives.values()), 1.0, -1.0)
-        every = np.array([self._values[n] for n in numbers.tolist()]) * signs
-        mask = non_dominated(every)
-        numbers, values = numbers[mask], every[mask]
-        span = np.where(np.ptp(values, axis=0) > 0.0, np.ptp(values, axis=0), np.ptp(every, axis=0))
-        span = np.where(span > 0.0, span, 1.0)
-        low = values.min(axis=0)
-        scaled = (values - low) / span
-        shares = np.array(weightings(len(signs)))
-        smallest = np.where(shares > 0.0, scaled[:, None] / np.where(shares > 0.0, shares, 1.0), np.inf).min(axis=2)
-        bests = np.r_[(scaled @ shares.T).argmax(axis=0), smallest.argmax(axis=0)]
-        wins = np.bincount(bests, minlength=len(values))
-        most = MOST_RIVALS if len(signs) > 1 else 1
-        order = np.lexsort((-scaled.mean(axis=1), -wins))[:most]
-        return [int(n) for n in numbers[order]], low, span
-
-    def _make(self, number: int, part: Part) -> Rival:
-        last = part.rungs[-2]
-        items, scales, spreads = [], [], []
-        for name, whole in zip(self._objectives, self._load(number), strict=True):
-            order = item_order(part.seed, name, len(whole))
-            items.append(whole[order[: count_at(len(whole), last)]])
-            scale = float(whole[:, 1].mean()) if whole.ndim == 2 else 1.0
-            scales.append(scale)
-            spreads.append(float((whole[:, 0] / scale if whole.ndim == 2 else whole).std()))
-        return Rival(number, tuple(items), self._values[number], tuple(scales), tuple(spreads))

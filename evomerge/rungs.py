@@ -10,7 +10,8 @@ from typing import Any
 
 from evomerge.config import StudyConfig
 from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, WORTH_EPOCHS, WORTH_ITEMS, Epochs, additive, share_text
-from evomerge.objectives import Objective
+from evomerge.limits import KEEP
+from evomerge.objectives import Objective, whole_kind
 
 
 def choose_rungs(config: StudyConfig, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], str]:
@@ -37,7 +38,7 @@ def choose_epochs(config: StudyConfig, objectives: Sequence[Objective], known: i
     if why:
         return {}, why
     epochs = asked or Epochs()
-    candidates = epochs.candidates or max(FEWEST_CANDIDATES, 2 * (config.workers.local or config.workers.ray or 1))
+    candidates = epochs.candidates or max(FEWEST_CANDIDATES, 2 * config.workers.count)
     evaluations = config.budget.evaluations
     return {"known": known, "evaluations": evaluations, "share": epochs.share, "candidates": candidates}, ""
 
@@ -47,18 +48,38 @@ def epochs_text(epochs: Mapping[str, Any]) -> str:
     return f"{epochs['candidates']} candidates each, from {share_text(epochs['share'])} of the items" if epochs else ""
 
 
+def choose_terms(config: StudyConfig, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """How objectives that are scored whole take part in races, as the arguments of `limits.Terms`; empty for none."""
+    whole = {o.name: kind for o in objectives if (kind := whole_kind(o))}
+    if not whole:
+        return {}
+    keep = KEEP if config.fidelity.keep is None else config.fidelity.keep
+    return {"whole": whole, "keep": keep, "ends": {o.name: list(o.bounds) for o in objectives if o.name not in whole}}
+
+
+def terms_text(config: StudyConfig, objectives: Sequence[Objective], *, raced: bool) -> dict[str, str]:
+    """A row of `evomerge check` on what `choose_terms` chose, if candidates are raced and it chose anything."""
+    terms = choose_terms(config, objectives) if raced else {}
+    if not terms:
+        return {}
+    said = ", ".join(f"{name} ({kind})" for name, kind in terms["whole"].items())
+    hope = f"; a candidate that keeps less than {share_text(terms['keep'])} of the best everywhere is hopeless"
+    return {"scored whole": said + (hope if terms["keep"] else "")}
+
+
 def _incomparable(objectives: Sequence[Objective]) -> str:
     """Why a part of the items does not tell who is better, or nothing."""
-    for o in objectives:
+    raced = [o for o in objectives if not whole_kind(o)]
+    for o in raced:
         if not o.partial:
             return f"{o.name} has no score for a part of its items, so nothing short of all shows who is beaten"
         if not additive(lambda items, o=o: o.aggregate(items).value):  # type: ignore[misc]
             return f"{o.name} is no mean of its items, so candidates cannot be compared item by item"
-    return ""
+    return "" if raced else "no objective has items that could be scored in parts"
 
 
 def _too_few(objectives: Sequence[Objective], least: int) -> str:
     for o in objectives:
-        if o.size("search") < least:
+        if not whole_kind(o) and o.size("search") < least:
             return f"{o.name} has {o.size('search')} search items, fewer than {least}"
     return ""

@@ -16,12 +16,13 @@ import torch
 from evomerge import faults
 from evomerge.fidelity import Stopped, count_at, item_order, new_items
 from evomerge.intervals import Spread, spread
+from evomerge.limits import Whole
 from evomerge.methods import Tables
 from evomerge.model import LiveModel
 from evomerge.moments import Observed
-from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective
+from evomerge.objectives import Objective, ObjectiveSpec, Scores, make_objective, whole_kind
 from evomerge.objectives._references import observe_references
-from evomerge.racing import Race, Rival, estimate
+from evomerge.racing import Race, Verdict, estimate
 from evomerge.recipe import Recipe
 from evomerge.residency import Memory, settle
 from evomerge.weights import Checkpoint, Weights
@@ -226,7 +227,7 @@ def score_again(
         before = first[objective.name]
         n = len(before.items)
         positions: list[int] | None = None
-        if race is not None:
+        if race is not None and not whole_kind(objective):
             positions = new_items(item_order(race.seed, objective.name, n), race.rungs, 0).tolist()
             before = objective.aggregate(before.items[positions])
         elif objective.partial:
@@ -258,59 +259,92 @@ def score_parts(
 def score_in_rungs(
     objectives: Sequence[Objective], live: LiveModel, split: str, race: Race, known_sizes: dict[tuple[str, str], int]
 ) -> tuple[dict[str, Scores], Stopped | None]:
-    """Score the live model on growing parts of a split, until it is beaten or every item is scored.
+    """Score the live model on growing parts of a split, until it is stopped or every item is scored.
+
+    Objectives that are scored whole are scored once: exact ones first, measured ones beside the first part.
 
     Args:
         known_sizes: (objective, split) -> number of items; filled here, since counting may read the data.
 
     Returns:
-        Scores in the split's order and None; or estimates with the items seen, and where it was stopped.
+        Scores in the split's order and None; or estimates with the items seen, and where it was stopped. Those of an
+        objective without any seen item are NaN.
 
     Raises:
         CandidateFailure: this model cannot be scored.
     """
-    for objective in objectives:
-        if (objective.name, split) not in known_sizes:
-            known_sizes[objective.name, split] = objective.size(split)
-    sizes = [known_sizes[o.name, split] for o in objectives]
-    orders = [item_order(race.seed, o.name, n) for o, n in zip(objectives, sizes, strict=True)]
-    items: list[np.ndarray] = [np.empty(0)] * len(objectives)
+    whole = {j: o.score(live, split) for j, o in enumerate(objectives) if whole_kind(o) == "exact"}
+    found = race.missed(_known(whole))
+    if found is not None:
+        return _stopped(objectives, found, 0.0, whole, {})
+    raced = [j for j, o in enumerate(objectives) if not whole_kind(o)]
+    sizes = _sizes(objectives, split, raced, known_sizes)
+    orders = {j: item_order(race.seed, objectives[j].name, sizes[j]) for j in raced}
+    items: dict[int, np.ndarray] = {}
     for index, share in enumerate(race.rungs):
-        for j, objective in enumerate(objectives):
+        for j in raced:
             faults.point("scoring")
             positions = new_items(orders[j], race.rungs, index)
             if len(positions) == 0:
                 continue  # so few items that two rungs are the same
-            part = objective.score(live, split, positions.tolist()).items
+            part = objectives[j].score(live, split, positions.tolist()).items
             if index == 0:
                 items[j] = np.full((sizes[j], *part.shape[1:]), np.nan)
             items[j][positions] = part
+        if index == 0:
+            whole |= {j: o.score(live, split) for j, o in enumerate(objectives) if whole_kind(o) == "measured"}
         if share < 1.0:
-            counts = [count_at(n, share) for n in sizes]
-            seen = [whole[order[:n]] for whole, order, n in zip(items, orders, counts, strict=True)]
-            verdict = race.verdict(seen, sizes, share)
-            if verdict is not None:
-                rival = verdict.rival
-                parts = {o.name: np.sort(order[:n]) for o, order, n in zip(objectives, orders, counts, strict=True)}
-                stopped = Stopped(share, rival.number, parts, verdict.rule)
-                return _estimates(objectives, items, seen, parts, rival), stopped
-    return {o.name: o.aggregate(whole) for o, whole in zip(objectives, items, strict=True)}, None
+            orders_now = {j: order[: count_at(sizes[j], share)] for j, order in orders.items()}
+            seen = [items[j][orders_now[j]] if j in items else np.empty(0) for j in range(len(objectives))]
+            found = race.verdict(seen, sizes, share, _known(whole))
+            if found is not None:
+                return _stopped(objectives, found, share, whole, {j: (items[j], o) for j, o in orders_now.items()})
+    return {o.name: whole[j] if j in whole else o.aggregate(items[j]) for j, o in enumerate(objectives)}, None
 
 
-def _estimates(
+def _known(whole: Mapping[int, Scores]) -> dict[int, Whole]:
+    return {j: Whole(score.value, score.stderr, len(score.items)) for j, score in whole.items()}
+
+
+def _sizes(
+    objectives: Sequence[Objective], split: str, raced: Sequence[int], known: dict[tuple[str, str], int]
+) -> list[int]:
+    """The number of items of each objective that has some; 1 of those that are scored whole."""
+    for j in raced:
+        if (objectives[j].name, split) not in known:
+            known[objectives[j].name, split] = objectives[j].size(split)
+    return [known.get((o.name, split), 1) for o in objectives]
+
+
+def _stopped(
     objectives: Sequence[Objective],
-    items: Sequence[np.ndarray],
-    seen: Sequence[np.ndarray],
-    parts: Mapping[str, np.ndarray],
-    rival: Rival,
-) -> dict[str, Scores]:
-    """What a stopped candidate would have scored, inside each objective's bounds, with the items seen."""
-    found = {}
+    verdict: Verdict,
+    share: float,
+    whole: Mapping[int, Scores],
+    parts: Mapping[int, tuple[np.ndarray, np.ndarray]],
+) -> tuple[dict[str, Scores], Stopped]:
+    """What a stopped candidate would have scored, inside each objective's bounds, with the items seen.
+
+    Args:
+        parts: index of an objective -> its items in the split's order, and the positions of the seen ones in the
+            race's.
+    """
+    found: dict[str, Scores] = {}
+    positions: dict[str, np.ndarray] = {}
     for j, objective in enumerate(objectives):
-        plain = objective.aggregate(items[j][parts[objective.name]])
-        value, stderr = estimate(plain.value, plain.stderr, seen[j], rival, j, len(items[j]))
-        found[objective.name] = Scores(float(np.clip(value, *_limits(objective))), stderr, plain.items)
-    return found
+        name = objective.name
+        if j in whole:
+            found[name], positions[name] = whole[j], np.arange(len(whole[j].items))
+        elif j in parts:
+            items, order = parts[j]
+            positions[name] = np.sort(order)
+            plain = objective.aggregate(items[positions[name]])
+            value, stderr = estimate(plain.value, plain.stderr, items[order], verdict.rival, j, len(items))
+            found[name] = Scores(float(np.clip(value, *_limits(objective))), stderr, plain.items)
+        else:
+            found[name], positions[name] = Scores(np.nan, np.nan, np.empty(0)), np.empty(0, dtype=np.intp)
+    blamed = "" if verdict.objective is None else objectives[verdict.objective].name
+    return found, Stopped(share, verdict.rival.number, positions, verdict.rule, blamed)
 
 
 def _limits(objective: Objective) -> tuple[float, float]:

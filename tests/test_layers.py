@@ -14,24 +14,25 @@ LAYERS = (
      "spaces", "path_space", "_path_choices", "_path_edits", "_path_indicators", "_path_form", "_path_steps",
      "space", "_space_form", "_space_genes", "_space_levels", "_space_methods", "_space_parts",
      "methods", "optimizers", "surrogate", "optimum", "front", "testing",
-     "scale_folding", "feasible", "fidelity", "racing", "estimator", "intervals", "constraints"},
+     "scale_folding", "feasible", "fidelity", "racing", "rivals", "limits", "finite_split", "estimator", "intervals", "constraints"},
     {"weights", "family", "residency", "model", "layer_path", "prefix", "scoring", "decoding", "objectives", "storage",
      "study", "_study_rows"},
-    {"worker", "moments", "pool", "search", "history", "events"},
-    {"config", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore", "rounds",
+    {"worker", "moments", "pool", "local_pool", "ray_pool", "_ray_cluster", "search", "history", "events"},
+    {"config", "worker_entries", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore", "rounds",
      "selection", "picking", "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output",
      "commands", "cli", "__main__"},
 )  # fmt: skip
-ORDER = {"worker": 0, "pool": 1, "search": 2}  # inside layer 2: search -> pool -> worker; history is read by search
+# Inside layer 2: search -> pool -> worker; history is read by search.
+ORDER = {"worker": 0, "pool": 1, "local_pool": 1, "ray_pool": 1, "_ray_cluster": 1, "search": 2}
 
 # Outside libraries that only some files may name; lazily or not.
 OWNERS = {
-    "ray": {"pool"},
+    "ray": {"ray_pool"},
     "transformers": {"model", "export"},
     "lm_eval": {"objectives"},
     "datasets": {"objectives"},
     "safetensors": {"weights", "export"},
-    "sqlalchemy": {"storage", "study"},
+    "sqlalchemy": {"storage", "storage_url", "study"},
     "optuna": {"storage", "study", "_study_rows", "optimizers"},
     "cma": {"optimizers"},
     "cmaes": {"optimizers"},

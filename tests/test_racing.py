@@ -8,6 +8,7 @@ from scipy import stats
 
 from evomerge import racing
 from evomerge.fidelity import RUNGS, Part, count_at, item_order
+from evomerge.finite_split import p_not_beaten
 from evomerge.objectives import mean_scores
 from evomerge.racing import (
     GATE,
@@ -16,12 +17,11 @@ from evomerge.racing import (
     RISK,
     Race,
     Rival,
-    Rivals,
     Verdict,
     estimate,
-    p_not_beaten,
     weightings,
 )
+from evomerge.rivals import Rivals
 
 N = 240
 WHOLE = Part(0, RUNGS)

@@ -71,6 +71,7 @@ class Objective(Protocol):
         bounds: smallest and largest possible value, None where there is none.
         splits: those that exist, search first.
         partial: whether a part of the items has a score of its own, so that a candidate can be scored in rungs.
+        exact, measured: may be set to True where `partial` is False; see `whole_kind`.
     """
 
     name: str
@@ -132,6 +133,17 @@ def mean_scores(items: np.ndarray) -> Scores:
     n = items.size
     stderr = float(items.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
     return Scores(float(items.mean()), stderr, items)
+
+
+def whole_kind(objective: Objective) -> str:
+    """How an objective without parts is scored in rungs: "exact", "measured", or "" for all others.
+
+    One with `exact = True` is read from the model without a forward pass and has no error, such as a depth: it is
+    scored before all else. One with `measured = True` is measured anew at each score and takes no longer than a part of
+    the others' items, such as a latency: it is scored once, beside the first part.
+    """
+    kinds = [kind for kind in ("exact", "measured") if getattr(objective, kind, False)]
+    return kinds[0] if kinds and not objective.partial else ""
 
 
 def resolve_path(spec: ObjectiveSpec, path: str) -> Path:

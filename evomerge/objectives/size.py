@@ -21,7 +21,8 @@ class SizeObjective:
     """Number of parameters or layers, counted from the live model.
 
     Options: `count` (parameters or layers; default parameters). A layer that is used twice counts twice, as in the
-    exported checkpoint; tied input and output embeddings count once. The same on every split, without error.
+    exported checkpoint; tied input and output embeddings count once. The same on every split, without error: `exact`
+    says that it is known before any forward pass.
 
     Raises:
         ConfigError: an unknown or ill-typed option.
@@ -29,6 +30,7 @@ class SizeObjective:
 
     maximize = False
     partial = False
+    exact = True
     splits = SPLITS
     bounds: tuple[float | None, float | None] = (0.0, None)
 
