@@ -151,7 +151,8 @@ class _Reader:
         kind = given[0]
         entries = top[kind]
         if not isinstance(entries, list) or not entries:
-            self.bad((kind,), f"{kind} is {_shown(entries)}", "a list with at least one entry")
+            empty = ": an empty path" if kind == "slices" and entries == [] else ""
+            self.bad((kind,), f"{kind} is {_shown(entries)}{empty}", "a list with at least one entry")
             return []
         if kind == "slices":
             return [self._slice(entry, (kind, i)) for i, entry in enumerate(entries)]
@@ -193,6 +194,9 @@ class _Reader:
             whole = type(first) is int and type(last) is int
             if whole and 0 <= first < last:
                 return first, last
+            if whole and first == last:
+                self.bad(path, f"layer_range is {_shown(value)}: an empty path", "[first, past last], as in [0, 8]")
+                return 0, 1
         self.bad(path, f"layer_range is {_shown(value)}", "[first, past last], as in [0, 8]")
         return 0, 1
 

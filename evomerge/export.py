@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge._recipe_write import no_mergekit_form
-from evomerge.errors import ConfigError, EnvironmentProblem, NonFinite, Problem, WeightsError
+from evomerge.errors import CandidateFailure, ConfigError, EnvironmentProblem, NonFinite, Problem, WeightsError
 from evomerge.family import check_family, measure, suspicious, unrelated
 from evomerge.feasible import doubtful, drops_at_random, mixes, refused
+from evomerge.layer_path import check_length
 from evomerge.methods import Merge, torch_dtype
 from evomerge.model import check_siblings, stacked_config
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, TensorPlan
 from evomerge.strict_yaml import Document, dump_yaml
 from evomerge.strict_yaml import Path as Path_
 from evomerge.weights import TOKENIZER_FILES, Checkpoint, Weights, open_all
@@ -114,7 +115,7 @@ def check_recipe_models(
         raise EnvironmentProblem("\n  - ".join(["the recipe's models cannot be read:", *lines]))
     donor = opened[recipe.models[0]]
     others = {m: c for m, c in opened.items() if m != donor.path}
-    plans = recipe.plan(donor.names, donor.n_layers)
+    plans = _plans(recipe, donor, where, document.name if document is not None else "the recipe")
     changes = {m: measure(donor, c) for m, c in others.items()} if mixes(plans) else {}
     found = [*check_siblings(donor, others), *check_family(donor, others), *unrelated(changes)]
     problems = [Problem(p.message, places.get(p.where, p.where), p.hint) for p in found]
@@ -126,6 +127,36 @@ def check_recipe_models(
     for problem in doubtful(recipe, plans, where):
         warn(problem)
     return donor
+
+
+def _plans(recipe: Recipe, donor: Checkpoint, where: Callable[[Path_], str], name: str) -> list[TensorPlan]:
+    """The recipe's plans, once its layers exist, are not too many, and are of one type where they meet.
+
+    Raises:
+        ConfigError: they do not, are too many, or are not.
+    """
+    n_layers = donor.n_layers
+    problems = [
+        Problem(
+            f"layer_range is {list(source.layers)}, and {source.model} has {n_layers} layers",
+            where(("slices", i, "sources", j, "layer_range")),
+            f"[first, past last), from 0 to {n_layers}",
+        )
+        for i, piece in enumerate(recipe.slices)
+        for j, source in enumerate(piece.sources)
+        if source.layers is not None and source.layers[1] > n_layers
+    ]
+    plans = []
+    try:
+        check_length(recipe, n_layers)
+        if not problems:
+            plans = recipe.plan(donor.names, n_layers)
+            stacked_config(donor.path, plans, n_layers)
+    except CandidateFailure as failure:
+        problems.append(Problem(failure.message, where(("slices",)), failure.hint))
+    if problems:
+        raise ConfigError.of(problems, name)
+    return plans
 
 
 def model_places(recipe: Recipe, document: Document | None) -> dict[str, str]:
@@ -195,12 +226,19 @@ def mergekit_form(recipe: Recipe) -> tuple[dict[str, Any] | None, list[str]]:
     if why := no_mergekit_form(recipe):
         return None, [why]
     data, lost = recipe.to_mergekit()
-    if recipe.compat == "paper" and "out_dtype" not in data:
-        with suppress(WeightsError):  # where a model is not here to say its dtype, the note stays
-            name = str(merged_dtype(recipe)).removeprefix("torch.")
-            if name in ("float32", "bfloat16", "float16"):
-                data["out_dtype"] = name
-                lost = [line for line in lost if not line.startswith("out_dtype:")]
+    with suppress(WeightsError):  # where a model is not here to ask, the notes stay as they are
+        name = str(merged_dtype(recipe)).removeprefix("torch.")
+        if recipe.compat == "paper" and name in ("float32", "bfloat16", "float16"):
+            data["out_dtype"] = name
+            lost = [line for line in lost if not line.startswith("out_dtype:")]
+        donor = Checkpoint(recipe.models[0])
+        stack = stacked_config(donor.path, recipe.plan(donor.names, donor.n_layers), donor.n_layers)
+        lost += [
+            f"{key} of config.json, one entry for each layer: mergekit 0.1.5 leaves it as it was, and stops where the "
+            "number of layers is another; with the config.json written here its tensors are right"
+            for key, value in stack.items()
+            if isinstance(value, list)
+        ]
     return data, lost
 
 

@@ -43,7 +43,7 @@ def check_length(recipe: Recipe, n_layers: int) -> None:
     if length > LONGEST * n_layers:
         raise refused(
             f"the path of the recipe has {length} layers, and the base {n_layers}",
-            f"at most {LONGEST} times as many ({LONGEST * n_layers}) are scored",
+            f"at most {LONGEST} times as many ({LONGEST * n_layers}) can be",
         )
 
 
