@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,8 +190,8 @@ def test_after_failures_and_ordinary_recipes_the_bits_are_right(llama: Path) -> 
         plan.run(fresh)
         with fresh.prefixes.paused():
             expected[name] = both(fresh, plan)
-    broken = merged(llama, "task_arithmetic", (0, 4), weight=0.5).to_dict()
-    broken = Recipe.from_dict({**broken, "parameters": {"weight": 1e38, "lambda": 1e38}})
+    sound = merged(llama, "task_arithmetic", (0, 4), weight=0.5).to_dict()
+    broken = Recipe.from_dict({**sound, "parameters": {"weight": 1e38, "lambda": 1e38}})
     for _ in range(2):
         for name, recipe in recipes.items():
             live.install(recipe, weights)
@@ -479,7 +480,7 @@ def test_any_sequence_of_paths_is_computed_right_within_the_budget(
         toy = follow(prefixes, path_)
         for key in keys:
             x = BATCHES[key]
-            found = prefixes.forward(key, lambda toy=toy, x=x: toy(x))
+            found = prefixes.forward(key, partial(toy, x))
             assert torch.equal(found.logits, toy(x).logits)
             kept = [state for batch in prefixes._batches.values() for state in batch.kept.values()]
             assert prefixes.n_bytes == sum(state.untyped_storage().nbytes() for state in kept) <= budget
@@ -494,7 +495,7 @@ def test_states_are_kept_once_two_candidates_share_them_and_the_longest_unused_g
     def run(*path_: int) -> tuple[int, list[int]]:
         toy = follow(prefixes, path_)
         before = prefixes.saved
-        prefixes.forward(b"a", lambda: toy(BATCHES[b"a"]))
+        prefixes.forward(b"a", partial(toy, BATCHES[b"a"]))
         depths = {link: len(json.loads(link)) for link in prefixes._batches[b"a"].kept}
         return prefixes.saved - before, list(depths.values())
 
@@ -513,11 +514,11 @@ def test_a_batch_that_no_candidate_uses_any_more_is_given_up() -> None:
     prefixes = Prefixes(Tables())
     for last in (1, 2):
         toy = follow(prefixes, (0, last))
-        prefixes.forward(b"a", lambda toy=toy: toy(BATCHES[b"a"]))
+        prefixes.forward(b"a", partial(toy, BATCHES[b"a"]))
     assert prefixes.n_bytes == 3 * STATE
     for last in range(UNUSED):
         toy = follow(prefixes, (0, last))
-        prefixes.forward(b"b", lambda toy=toy: toy(BATCHES[b"b"]))
+        prefixes.forward(b"b", partial(toy, BATCHES[b"b"]))
     assert set(prefixes._batches) == {b"a", b"b"}
     follow(prefixes, (0, 1))
     assert set(prefixes._batches) == {b"b"}
@@ -530,7 +531,7 @@ def test_a_model_that_cannot_start_at_a_layer_is_found_out_and_scored_in_full() 
     x = BATCHES[b"a"]
     for last in (1, 2, 3, 4):
         toy = follow(prefixes, (0, 5, last), reads=True)
-        found = prefixes.forward(b"a", lambda toy=toy: toy(x)).logits
+        found = prefixes.forward(b"a", partial(toy, x)).logits
         assert torch.equal(found, Toy((0, 5, last), reads=True)(x).logits)
     assert "after 2 layers" in prefixes.problem and prefixes.n_bytes == 0 and prefixes.hits == 0
 
@@ -540,10 +541,10 @@ def test_an_error_in_a_pass_leaves_the_layers_as_they_were() -> None:
     prefixes = Prefixes(Tables())
     for last in (1, 2, 3):
         toy = follow(prefixes, (0, 5, last))
-        prefixes.forward(b"a", lambda toy=toy: toy(BATCHES[b"a"]))
+        prefixes.forward(b"a", partial(toy, BATCHES[b"a"]))
     toy.layers[2].register_forward_pre_hook(lambda *args: None).remove()
     toy = follow(prefixes, (0, 5, 4))
     toy.layers[2].weight = nn.Parameter(torch.zeros(3, 3))  # no longer fits
     with pytest.raises(RuntimeError):
-        prefixes.forward(b"a", lambda: toy(BATCHES[b"a"]))
+        prefixes.forward(b"a", partial(toy, BATCHES[b"a"]))
     assert not any("forward" in layer.__dict__ or layer._forward_hooks for layer in toy.layers)
