@@ -88,7 +88,8 @@ class Outcome:
         merge_s, eval_s: wall-clock seconds of merging and of scoring.
         peak_bytes: largest memory of the worker during the job (device memory on CUDA).
         worker: which process did it.
-        tables: what the worker has computed from the models alone so far: bytes, budget, seconds, counts.
+        tables: what the worker has computed from the models alone so far: bytes, budget, seconds, counts; and of the
+            hidden states that it keeps (see `prefix`): bytes, passes, those that used one, share of layers saved.
         stopped: at which rung and by whom the candidate was beaten; None if it was scored in full.
         batch_tokens: size of a batch with which it was scored: smaller than asked for where memory ran out.
         notes: what people should know of how this worker scores.

@@ -199,9 +199,9 @@ def test_after_failures_and_ordinary_recipes_the_bits_are_right(llama: Path) -> 
             assert all(torch.equal(a, b) for a, b in zip(found, expected[name], strict=True)), name
             with pytest.raises(NonFinite):
                 live.install(broken, weights)
-            held = live.prefixes.n_bytes
+            passes = live.prefixes.passes
             plan.run(live)  # weights of which nobody knows what they are
-            assert live.prefixes.n_bytes == held
+            assert live.prefixes.passes == passes
     assert live.prefixes.hits > 0
 
 
@@ -275,6 +275,8 @@ def test_a_chain_tells_prefixes_apart_by_models_layers_values_and_types(llama: P
     assert shared(("base", 0, 1), ("base", 2, 4)) == 1
     assert shared(("red", 0, 1), ("base", 1, 4)) == 0  # the embeddings are those of the first slice
     assert shared(("base", 0, 4), scale=[{"filter": "layers.2.mlp.down", "value": 0.5}, {"value": 1}]) == 2
+    assert shared(("base", 0, 4), scale=[{"filter": "embed_tokens", "value": 0.5}, {"value": 1}]) == 0
+    assert shared(("base", 0, 4), scale=[{"filter": "lm_head", "value": 0.5}, {"value": 1}]) == 4
     recipe = path(llama, ("base", 0, 4))
     plans = recipe.plan(live.checkpoint.names, N)
     mixed = chain(recipe, plans, [("full",), ("full",), ("sliding",), ("full",)], frozenset())
