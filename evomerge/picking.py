@@ -135,6 +135,8 @@ def could_be_on_front(study: Study, candidates: Sequence[Candidate]) -> list[Can
     for c in candidates:
         if c.estimate is None or c.estimate_stderr is None or c.fingerprint in seen:
             continue
+        if c.attrs.get("stop_rule") == "infeasible":
+            continue
         best = oriented(c.estimate, ups) + Z95 * np.array(c.estimate_stderr)
         if not ((points >= best).all(axis=1) & (points > best).any(axis=1)).any():
             found.append(c)

@@ -9,6 +9,7 @@ from scipy import stats
 from evomerge import racing
 from evomerge.fidelity import RUNGS, Part, count_at, item_order
 from evomerge.finite_split import p_not_beaten
+from evomerge.limits import Terms, Whole
 from evomerge.objectives import mean_scores
 from evomerge.racing import (
     GATE,
@@ -361,3 +362,161 @@ def test_with_several_objectives_one_promising_weighting_is_enough() -> None:
     assert first_verdict(race, answers(rng, 0.84, 0.1, n=n), part) is None
     found = [first_verdict(race, answers(rng, share, share, n=n), part) for share in (0.37, 0.20)]
     assert [f[1].rule for f in found if f is not None] == ["unpromising", "beaten"]
+
+
+# ---------------------------------------------------------------- objectives that are scored whole
+
+DEPTH = Terms({"depth": "exact"}, 0.0, {"a": (0.0, 1.0), "b": (0.0, 1.0)})
+
+
+def deep_race(
+    candidates: dict[int, tuple[list[np.ndarray], float]],
+    floors: list[float] | None = None,
+    terms: Terms = DEPTH,
+    stderr: float = 0.0,
+    runs: int = 1,
+    seed: int = 0,
+    part: Part | None = None,
+) -> Race:
+    """The race against candidates with items and a depth (or a latency, with this standard error)."""
+    n = len(next(iter(candidates.values()))[0])
+    ups = {**dict(zip("abcd", [True] * n, strict=False)), next(iter(terms.whole)): False}
+    wholes = {number: np.full(runs, depth) for number, (_, depth) in candidates.items()}
+    rivals = Rivals(ups, lambda number: [*candidates[number][0], wholes[number]], terms)
+    for number, (items, depth) in candidates.items():
+        rivals.add(number, [*(float(i.mean()) for i in items), depth], [0.0] * n + [stderr])
+    return rivals.race(part or Part(seed, RUNGS), floors=None if floors is None else np.array(floors))
+
+
+def deep_verdict(
+    race: Race, mine: list[np.ndarray], depth: float, stderr: float = 0.0, runs: int = 1, part: Part = WHOLE
+) -> tuple[float, Verdict] | None:
+    """Where and why a candidate of this depth stops on full data."""
+    whole = {len(mine): Whole(depth, stderr, runs)}
+    orders = [item_order(part.seed, name, len(m)) for name, m in zip("abcd", mine, strict=False)]
+    for share in part.rungs[:-1]:
+        seen = [m[order[: count_at(len(m), share)]] for m, order in zip(mine, orders, strict=True)]
+        found = race.verdict([*seen, np.empty(0)], [*map(len, mine), 1], share, whole)
+        if found is not None:
+            return share, found
+    return None
+
+
+def test_of_two_models_of_one_depth_the_better_one_wins_and_nobody_beats_a_shallower_one() -> None:
+    rng = np.random.default_rng(20)
+    race = deep_race({4: (answers(rng, 0.9), 8.0)})
+    for depth in (8.0, 9.0):
+        found = deep_verdict(race, answers(rng, 0.3), depth)
+        assert found is not None and (found[0], found[1].rule, found[1].rival.number) == (0.125, "beaten", 4)
+    assert deep_verdict(race, answers(rng, 0.3), 7.0) is None
+    assert deep_verdict(race, answers(rng, 0.9), 8.0) is None
+
+
+def test_equal_in_quality_and_less_deep_is_never_stopped_and_equal_in_both_in_the_stated_share() -> None:
+    """The hardest case: as good and as deep as the rival; whatever is shallower goes on."""
+    rng = np.random.default_rng(21)
+    wrong = shallower = 0
+    trials = 800
+    for _ in range(trials):
+        theirs = answers(rng, 0.6)[0]
+        race = deep_race({1: ([theirs], 8.0), 2: ([answers(rng, 0.4)[0]], 6.0)})
+        mine = [rng.permutation(theirs)]
+        found = deep_verdict(race, mine, 8.0)
+        wrong += found is not None
+        shallower += deep_verdict(race, answers(rng, 0.02), 5.0) is not None
+    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
+    assert shallower == 0
+
+
+def test_a_measured_objective_needs_confidence_too() -> None:
+    rng = np.random.default_rng(22)
+    ms = Terms({"ms": "measured"}, 0.0, {"a": (0.0, 1.0)})
+    race = deep_race({4: (answers(rng, 0.9), 10.0)}, terms=ms, stderr=0.1, runs=5)
+    assert deep_verdict(race, answers(rng, 0.1), 10.1, 0.1, 5) is None, "a hair slower, within the error"
+    slower = deep_verdict(race, answers(rng, 0.1), 14.0, 0.1, 5)
+    assert slower is not None and slower[1].rule == "beaten"
+    assert deep_verdict(race, answers(rng, 0.1), 14.0, 2.0, 5) is None, "nobody knows how slow it is"
+    assert deep_verdict(race, answers(rng, 0.1), 7.0, 0.1, 5) is None
+
+
+def test_equal_measurements_stop_in_at_most_the_stated_share() -> None:
+    """As fast as the rival in truth and far worse elsewhere: the runs alone stand between it and a stop."""
+    rng = np.random.default_rng(23)
+    ms = Terms({"ms": "measured"}, 0.0, {"a": (0.0, 1.0)})
+    wrong, trials = 0, 800
+    for _ in range(trials):
+        runs = 10.0 + rng.normal(0.0, 0.3, (2, 5))
+        values, errors = runs.mean(axis=1), runs.std(axis=1, ddof=1) / np.sqrt(5)
+        race = deep_race({1: (answers(rng, 0.9), values[0]), 2: (answers(rng, 0.95), 30.0)}, terms=ms,
+                         stderr=errors[0], runs=5)  # fmt: skip
+        wrong += deep_verdict(race, answers(rng, 0.1), values[1], errors[1], 5) is not None
+    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
+
+
+def test_equal_depths_do_not_spare_who_is_outweighed() -> None:
+    """Depth tells nobody apart: the verdicts are those of the skills alone, though at a slightly stricter level."""
+    without = within = 0
+    for seed in range(3):
+        scored = simulated(np.random.default_rng([seed, 4]), 40, 4, 600)
+        without += list(replay(scored, Part(seed, RUNGS)).values()).count("outweighed")
+        done: dict[int, tuple[list[np.ndarray], float]] = {}
+        for number, mine in enumerate(scored):
+            found = deep_verdict(deep_race(done, seed=seed), list(mine), 8.0, part=Part(seed, RUNGS)) if done else None
+            if found is None:
+                done[number] = (list(mine), 8.0)
+            within += found is not None and found[1].rule == "outweighed"
+    assert without >= 8 and within >= 0.7 * without
+
+
+def test_ties_in_depth_are_decided_by_skill() -> None:
+    """As shallow as the shallowest rival, and worse: depth alone does not make it promising; one layer less does."""
+    part = Part(3, (0.25, 1.0), gate=0.25)
+    stopped = {8.0: 0, 7.0: 0}
+    for trial in range(20):
+        rng = np.random.default_rng([trial, 28])
+        done = {0: (answers(rng, 0.95, 0.95, n=2000), 12.0), 1: (answers(rng, 0.6, 0.6, n=2000), 8.0)}
+        race = deep_race(done, seed=3, part=part)
+        for depth in stopped:
+            found = deep_verdict(race, answers(rng, 0.56, 0.56, n=2000), depth, part=part)
+            stopped[depth] += found is not None and found[1].rule == "unpromising"
+    assert stopped[8.0] >= 8 and stopped[7.0] == 0
+
+
+def test_the_best_of_a_tie_goes_on() -> None:
+    """As shallow as the shallowest rival, and better in one skill: for depth before that skill it is the best."""
+    rng = np.random.default_rng(25)
+    n = 2000
+    race = deep_race({0: (answers(rng, 0.9, 0.9, n=n), 12.0), 1: (answers(rng, 0.6, 0.2, n=n), 6.0)})
+    assert deep_verdict(race, answers(rng, 0.2, 0.6, n=n), 6.0) is None
+    worse = deep_verdict(race, answers(rng, 0.4, 0.1, n=n), 6.0)
+    assert worse is not None and worse[1].rival.number == 1
+
+
+def test_with_constraints_rivals_are_feasible_and_limits_travel() -> None:
+    rng = np.random.default_rng(26)
+    done = {0: (answers(rng, 0.9), 14.0), 1: (answers(rng, 0.6), 8.0), 2: (answers(rng, 0.2), 4.0)}
+    free = deep_race(done)
+    assert {r.number for r in free.rivals} == {0, 1, 2} and free.limits.floors == ()
+    bound = deep_race(done, [0.5, -10.0])
+    assert [r.number for r in bound.rivals] == [1] and bound.limits.floors == (0.5, 10.0) and bound.span
+    deep = bound.missed({1: Whole(11.0, 0.0, 1)})
+    assert deep is not None and (deep.rule, deep.objective) == ("infeasible", 1)
+    low = deep_verdict(bound, answers(rng, 0.1), 3.0)
+    assert low is not None and (low[0], low[1].rule, low[1].objective) == (0.125, "infeasible", 0)
+    nobody = deep_race(done, [0.95, -np.inf])
+    assert {r.number for r in nobody.rivals} == {0, 1, 2} and not nobody.span and not nobody.limits.settled
+    assert deep_verdict(nobody, answers(rng, 0.1), 3.0) is None, "those that miss by least are scored in full"
+    assert Race(0, RUNGS).missed({1: Whole(99.0, 0.0, 1)}) is None, "known recipes have no rivals"
+
+
+def test_hopeless_candidates_stop_whom_nobody_beats() -> None:
+    rng = np.random.default_rng(27)
+    n = 500
+    terms = Terms({"depth": "exact"}, 0.5, {"a": (0.0, 1.0), "b": (0.0, 1.0)})
+    done = {0: (answers(rng, 0.8, 0.1, n=n), 12.0), 1: (answers(rng, 0.1, 0.7, n=n), 12.0)}
+    race = deep_race(done, terms=terms)
+    assert race.limits.hopes == (pytest.approx(0.4), pytest.approx(0.35), None)
+    broken = deep_verdict(race, answers(rng, 0.08, 0.05, n=n), 4.0)
+    assert broken is not None and (broken[0], broken[1].rule) == (0.125, "hopeless")
+    assert deep_verdict(deep_race(done), answers(rng, 0.08, 0.05, n=n), 4.0) is None, "the rule is off"
+    assert deep_verdict(race, answers(rng, 0.08, 0.5, n=n), 4.0) is None, "a trade-off"

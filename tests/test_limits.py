@@ -1,0 +1,160 @@
+"""Limits of a race: exact tests on a finite split, error rates of the two rules, and what hope is counted from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from evomerge.fidelity import RUNGS, count_at
+from evomerge.finite_split import p_reaches
+from evomerge.limits import KEEP, Limits, Terms, Whole, hopes_of, least_of
+from evomerge.racing import FEWEST, RISK
+
+N = 240
+
+
+def answers(rng: np.random.Generator, share: float, n: int = N) -> np.ndarray:
+    """Items `(n,)` of which exactly this share is right, in a random order."""
+    return rng.permutation(np.arange(n) < round(share * n)).astype(np.float64)
+
+
+# ---------------------------------------------------------------- the test
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(16, 60), st.integers(0, 60), st.floats(0.0, 1.0), st.booleans(), st.data())
+def test_of_right_and_wrong_items_the_test_is_exact(
+    n: int, more: int, limit: float, up: bool, data: st.DataObject
+) -> None:
+    size = n + more
+    right = data.draw(st.integers(0, n))
+    items = np.r_[np.ones(right), np.zeros(n - right)]
+    good = right if up else n - right
+    meets = [k for k in range(size + 1) if (k / size >= limit - 1e-12 if up else k / size <= limit + 1e-12)]
+    tails = [stats.hypergeom.cdf(good, size, k if up else size - k, n) for k in meets]
+    assert p_reaches(items, size, limit, up) == pytest.approx(max(tails, default=0.0), rel=1e-7, abs=1e-12)
+
+
+def test_ratios_and_plain_numbers_are_tested_too_and_what_is_not_finite_says_nothing() -> None:
+    rng = np.random.default_rng(0)
+    b = rng.integers(20, 60, 60).astype(float)
+    pairs = np.stack([2.0 * b * rng.uniform(0.8, 1.2, 60), b], axis=1)
+    assert p_reaches(pairs, N, 2.3, maximize=True) < 1e-4 < 0.05 < p_reaches(pairs, N, 1.9, maximize=True)
+    assert p_reaches(pairs, N, 1.7, maximize=False) < 1e-4 < 0.05 < p_reaches(pairs, N, 2.1, maximize=False)
+    numbers = rng.normal(1.0, 0.5, 60)
+    assert p_reaches(numbers, N, 1.5, maximize=True) < 1e-4 < 0.05 < p_reaches(numbers, N, 0.9, maximize=True)
+    for wrong in (np.nan, np.inf):
+        assert p_reaches(np.append(numbers, wrong), N, 9.0, maximize=True) == 1.0
+    assert p_reaches(numbers, N, np.nan, maximize=True) == 1.0
+
+
+# ---------------------------------------------------------------- infeasible
+
+
+def stopped_by(limits: Limits, columns: list[np.ndarray], ups: tuple[bool, ...], rule: str) -> float | None:
+    """The share at which a candidate stops on full data, as a race asks."""
+    level = RISK / (len(RUNGS) - 1)
+    for share in RUNGS[:-1]:
+        seen = {j: c[: count_at(len(c), share)] for j, c in enumerate(columns)}
+        enough = {j: c for j, c in seen.items() if len(c) >= FEWEST}
+        sizes = {j: len(c) for j, c in enumerate(columns)}
+        asked = limits.infeasible if rule == "infeasible" else limits.hopeless
+        found = asked(enough, sizes, ups, level)
+        if found is not None and found is not False:
+            return share
+    return None
+
+
+@pytest.mark.parametrize("kind", ["0/1", "skewed", "smaller is better"])
+def test_a_candidate_that_just_meets_its_limits_stops_in_at_most_the_stated_share(kind: str) -> None:
+    """The hardest case: both objectives exactly at their floors over the whole split."""
+    rng = np.random.default_rng(3)
+    wrong, trials = 0, 2500
+    ups = (kind != "smaller is better",) * 2
+    for _ in range(trials):
+        if kind == "skewed":
+            made = [np.where(rng.random(N) < 0.2, rng.exponential(4.0, N), rng.normal(size=N)) for _ in range(2)]
+            columns = [m - m.mean() + 0.6 for m in made]
+        else:
+            columns = [answers(rng, 0.6), answers(rng, 0.6)]
+        limits = Limits((0.6 - 1e-9, 0.6 - 1e-9) if ups[0] else (0.6 + 1e-9, 0.6 + 1e-9), (), settled=True)
+        wrong += stopped_by(limits, columns, ups, "infeasible") is not None
+    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
+
+
+def test_who_misses_a_limit_clearly_stops_at_once_and_never_before_anybody_meets_all() -> None:
+    rng = np.random.default_rng(4)
+    limits = Limits((0.7, None), (), settled=True)
+    columns = [answers(rng, 0.1), answers(rng, 0.9)]
+    assert stopped_by(limits, columns, (True, True), "infeasible") == 0.125
+    enough = {j: c[:60] for j, c in enumerate(columns)}
+    assert limits.infeasible(enough, {0: N, 1: N}, (True, True), RISK) == 0, "the index of the objective"
+    assert stopped_by(Limits((None, 0.7)), columns[::-1], (True, True), "infeasible") is None, "nobody is feasible yet"
+    assert stopped_by(Limits((None, 0.8), (), settled=True), columns, (True, True), "infeasible") is None
+
+
+def test_an_objective_that_is_scored_whole_misses_its_limit_by_its_value() -> None:
+    limits = Limits((None, 8.0))
+    assert limits.missed({1: Whole(9.0, 0.0, 1)}, (True, False)) == 1
+    assert limits.missed({1: Whole(8.0, 0.0, 1)}, (True, False)) is None
+    assert limits.missed({1: Whole(7.0, 0.0, 1)}, (True, True)) == 1, "larger is better"
+    assert Limits().missed({0: Whole(9.0, 0.0, 1)}, (True,)) is None
+
+
+# ---------------------------------------------------------------- hopeless
+
+
+def test_hope_is_counted_from_the_worst_possible_score() -> None:
+    assert least_of(0.6, (0.0, 1.0), True, 0.5) == pytest.approx(0.3)
+    assert least_of(0.2, (0.0, 1.0), False, 0.5) == pytest.approx(0.6), "an error rate"
+    assert least_of(1.5, (0.0, None), False, 0.5) == pytest.approx(3.0), "bits per byte: twice as many"
+    assert least_of(1.5, (0.0, None), False, 0.25) == pytest.approx(6.0)
+    assert least_of(-2.0, (None, 0.0), True, 0.5) == pytest.approx(-4.0), "a log-likelihood"
+    assert least_of(1.5, (None, None), True, 0.5) is None and least_of(0.0, (0.0, None), False, 0.5) is None
+
+
+def test_there_is_a_rule_only_beside_an_objective_that_is_scored_whole_and_with_known_ends() -> None:
+    names, ups = ("math", "depth"), (True, False)
+    values = np.array([[0.2, 12.0], [0.8, 10.0]])
+    terms = Terms({"depth": "exact"}, 0.5, {"math": (0.0, 1.0)})
+    assert hopes_of(values, names, ups, terms) == (0.4, None)
+    assert (
+        hopes_of(values, names, ups, Terms())
+        == ()
+        == hopes_of(values, names, ups, Terms({}, 0.5, {"math": (0.0, 1.0)}))
+    )
+    assert hopes_of(values, names, ups, Terms({"depth": "exact"}, 0.0, {"math": (0.0, 1.0)})) == ()
+    assert hopes_of(values, names, ups, Terms({"depth": "exact"}, 0.5, {"math": (None, None)})) == ()
+    assert not Limits().hopeless({0: np.zeros(60)}, {0: N}, (True,), RISK)
+
+
+def test_who_keeps_half_of_the_best_in_one_objective_stops_in_at_most_the_stated_share() -> None:
+    rng = np.random.default_rng(5)
+    limits, wrong, trials = Limits((), (0.3, 0.4, None)), 0, 2500
+    for _ in range(trials):
+        columns = [answers(rng, 0.3), answers(rng, 0.02)]
+        wrong += stopped_by(limits, columns, (True, True, False), "hopeless") is not None
+    assert stats.binomtest(wrong, trials).proportion_ci(0.95).low <= RISK, f"{wrong} of {trials}"
+
+
+@pytest.mark.parametrize(
+    ("n", "chance", "best", "first", "ever"),
+    [(128, 0.0, 0.6, 1.0, 1.0), (128, 0.1, 0.7, 0.03, 1.0), (240, 0.1, 0.7, 0.39, 1.0), (500, 0.1, 0.7, 0.98, 1.0),
+     (500, 0.25, 0.7, 0.02, 0.96), (500, 0.25, 0.5, 0.0, 0.0)],
+)  # fmt: skip
+def test_power_on_candidates_at_chance(n: int, chance: float, best: float, first: float, ever: float) -> None:
+    """Shares stopped at 1/8 and at all; the last row says where the rule is silent: chance is half of the best."""
+    rng = np.random.default_rng(6)
+    limits = Limits((), (KEEP * best, KEEP * best))
+    ups = (True, True)
+    trials = 200
+    found = [
+        stopped_by(limits, [answers(rng, chance, n), answers(rng, chance, n)], ups, "hopeless") for _ in range(trials)
+    ]
+    assert np.mean([f == 0.125 for f in found]) >= first - 0.05
+    assert np.mean([f is not None for f in found]) >= ever - 0.05
+    if ever == 0.0:
+        assert not any(found)
