@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from evomerge.errors import CandidateFailure, NonFinite, RecipeError
@@ -404,3 +405,76 @@ def test_objectives_score_a_path_as_they_score_the_exported_model(work: Path) ->
         objective = make_objective(spec)
         ours, theirs = objective.score(live, "search"), objective.score(exported, "search")
         assert np.array_equal(ours.items, theirs.items) and ours.value == theirs.value, spec.name
+
+
+def piece(model: str, first: int, past: int, **parameters: Any) -> dict[str, Any]:
+    own = {"parameters": parameters} if parameters else {}
+    return {"sources": [{"model": model, "layer_range": [first, past], **own}]}
+
+
+def types_meet() -> dict[str, Any]:
+    sources = [{"model": "mixed/red", "layer_range": [0, 2]}, {"model": "mixed/blue", "layer_range": [1, 3]}]
+    return {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": {"weight": 0.5}}
+
+
+BAD_PATHS: dict[str, tuple[Any, list[str]]] = {
+    "empty": ([], ["r.yaml:2: slices is []: an empty path"]),
+    "an empty piece": (
+        [piece("llama/red", 0, 2), piece("llama/red", 2, 2)],
+        ["r.yaml:10: layer_range is [2, 2]: an empty path"],
+    ),
+    "layers that are not there": (
+        [piece("llama/red", 2, 5), piece("llama/blue", 4, 6)],
+        ["r.yaml:5: layer_range is [2, 5], and llama/red has 4 layers", "r.yaml:10: layer_range is [4, 6]"],
+    ),
+    "too long": (
+        [*(piece("llama/red", 0, 4) for _ in range(3)), piece("llama/blue", 0, 1)],
+        ["r.yaml:2: the path of the recipe has 13 layers, and the base 4", "at most 3 times as many (12)"],
+    ),
+    "other sizes": (
+        [piece("llama/red", 0, 2), piece("wide/red", 2, 4)],
+        ["r.yaml:9: wide/red: config.json: hidden_size is 40, but 32 in the base", "shape (64, 40), but (64, 32)"],
+    ),
+    "types that meet": (types_meet, ["layers 0, 1, which are of different types", "sliding_attention, full_attention"]),
+    "scales that are not positive": (
+        [piece("llama/red", 0, 2, scale=0.0), piece("llama/blue", 0, 2, scale=[{"value": -1.0}])],
+        ["r.yaml:3: passthrough: the scale of model.embed_tokens.weight is 0 (a positive", "r.yaml:10: ", "is -1 ("],
+    ),
+    "scales that are no numbers": (
+        [piece("llama/red", 0, 2, scale=float("nan")), piece("llama/blue", 0, 2, shift=float("inf"))],
+        ["r.yaml:9: scale is nan (a finite number)", "shift is inf (a finite number)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of two sizes, and one with layers of two types."""
+    folder = tmp_path_factory.mktemp("strange")
+    make("llama", folder / "llama")
+    make("llama", folder / "wide", hidden_size=40, num_attention_heads=5, num_key_value_heads=5)
+    make("gemma2", folder / "mixed")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_PATHS)
+def test_bad_paths_are_refused_by_name_before_anything_is_written(
+    work: Path, strange: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    from evomerge.cli import main
+
+    given, messages = BAD_PATHS[case]
+    data = given() if callable(given) else {"merge_method": "passthrough", "slices": given}
+    for name in ("llama", "wide", "mixed"):
+        Path(name).symlink_to(strange / name)
+    Path("r.yaml").write_text(yaml.safe_dump({**data, "compat": "paper"}, sort_keys=False))
+    before = sorted(Path().iterdir())
+    commands = [["merge", "r.yaml", "out"], ["eval", "r.yaml", "study.yaml"]]
+    for command in commands if case in ("too long", "scales that are not positive") else commands[:1]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        out, err = capfd.readouterr()
+        assert stopped.value.code == 2 and out == "" and "Traceback" not in err, err
+        assert all(message in err for message in messages), err
+        assert sorted(Path().iterdir()) == before
