@@ -118,7 +118,7 @@ class _Reader:
     def _keys(self, spec: Mapping[Any, Any]) -> str:
         """Keep the known entries that are not null, complain about the rest; return the encoding's name, or ""."""
         kind = spec.get("path")
-        if kind not in OWN_KEYS or not isinstance(kind, str):
+        if not isinstance(kind, str) or kind not in OWN_KEYS:
             hint = suggestion(str(kind), tuple(OWN_KEYS))
             self.bad("path", f"there is no encoding of paths {kind!r}", hint)
             kind = ""
