@@ -10,7 +10,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -28,41 +27,18 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
 
 from evomerge.errors import StorageError, StudyConflict
+from evomerge.storage_url import hide_passwords, mask, normal, sqlite_file, storage_problem
+
+__all__ = [
+    "alive", "connect", "hide_passwords", "is_empty", "mask", "pack", "process_start", "sqlite_file",
+    "storage_errors", "storage_problem", "unpack",
+]  # fmt: skip
 
 SCHEMA_VERSION = 12  # of Optuna's tables: the one that study.py's statements are tested with
 LEASE = "evomerge:lease"
+BUSY_S = 60.0  # how long a statement waits for another's lock
 BEAT_S = 20.0
 LEASE_S = 120.0  # a lease on another host that has not been renewed for so long is dead
-
-
-def mask(url: str) -> str:
-    """The URL without its password."""
-    return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-
-
-def hide_passwords(text: str) -> str:
-    """Text in which the password of every URL is three asterisks."""
-    return re.sub(r"(://[^/\s:@]*:)[^@\s]*@", r"\1***@", text)
-
-
-def storage_problem(url: str) -> str | None:
-    """Why this URL cannot hold a study, or None. Does not touch the database."""
-    try:
-        parsed = sqlalchemy.engine.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        return f"not a database URL: {url!r}; for example sqlite:///runs/demo/ledger.db"
-    backend = parsed.get_backend_name()
-    if backend not in ("sqlite", "postgresql", "mysql", "mariadb"):
-        return f"databases of kind {backend!r} are not supported; use sqlite or postgresql"
-    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
-        return "an in-memory database cannot be resumed; name a file"
-    return None
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite URL; None for a database server."""
-    parsed = sqlalchemy.engine.make_url(url)
-    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
 def connect(url: str, *, create: bool) -> RDBStorage:
@@ -85,8 +61,7 @@ def connect(url: str, *, create: bool) -> RDBStorage:
     with storage_errors(url):
         if not create:
             _require_optuna(url)
-        kwargs = {"connect_args": {"timeout": 60}} if file else {"pool_pre_ping": True}
-        storage = _open_tables(url, kwargs)
+        storage = _open_tables(url)
         if file is not None:
             _make_durable(storage.engine)
     version = storage._version_manager
@@ -98,14 +73,32 @@ def connect(url: str, *, create: bool) -> RDBStorage:
     return storage
 
 
-def _open_tables(url: str, kwargs: dict[str, Any]) -> RDBStorage:
+def _open_tables(url: str) -> RDBStorage:
     """Optuna's storage, its tables made where they are missing; two makers at once do not harm each other."""
+    template = normal(url).replace("{", "{{").replace("}", "}}")  # Optuna takes a URL for a template
     for _ in range(4):
         try:
-            return RDBStorage(url, engine_kwargs=dict(kwargs))
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError):
+            return RDBStorage(template, engine_kwargs=_engine_options(url))
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError) as e:
+            if getattr(e.orig, "sqlstate", None) is None and sqlite_file(url) is None:
+                raise  # no server answered: there is no other maker
             time.sleep(0.5)  # the other maker is between two tables
-    return RDBStorage(url, engine_kwargs=dict(kwargs))
+    return RDBStorage(template, engine_kwargs=_engine_options(url))
+
+
+def _engine_options(url: str) -> dict[str, Any]:
+    """How connections are made: waits are bounded, and a server that is cut off is noticed."""
+    if sqlite_file(url) is not None:
+        return {"connect_args": {"timeout": BUSY_S}}
+    wanted = {
+        "connect_timeout": 10,
+        "keepalives_idle": 20,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,  # ms without an answer to what was sent
+    }
+    own = sqlalchemy.engine.make_url(normal(url)).query
+    return {"pool_pre_ping": True, "connect_args": {k: v for k, v in wanted.items() if k not in own}}
 
 
 def is_empty(url: str) -> bool:
@@ -114,7 +107,7 @@ def is_empty(url: str) -> bool:
     if file is not None and (not file.exists() or file.stat().st_size == 0):
         return True
     with storage_errors(url):
-        engine = sqlalchemy.create_engine(url)
+        engine = sqlalchemy.create_engine(normal(url), **_engine_options(url))
         try:
             return not sqlalchemy.inspect(engine).get_table_names()
         finally:
@@ -123,7 +116,7 @@ def is_empty(url: str) -> bool:
 
 def _require_optuna(url: str) -> None:
     """Refuse a database that has no studies table, so that reading never creates one in it."""
-    engine = sqlalchemy.create_engine(url)
+    engine = sqlalchemy.create_engine(normal(url), **_engine_options(url))
     try:
         if not sqlalchemy.inspect(engine).has_table("studies"):
             raise StorageError(f"{mask(url)} is not a study database")
@@ -153,12 +146,12 @@ def storage_errors(url: str) -> Iterator[None]:
         raise StorageError(f"no driver for {mask(url)}: {error}", hint="pip install 'evomerge[postgres]'") from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
-        detail = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
-        raise StorageError(f"the study's database {mask(url)} failed: {detail}") from error
+        lines = str(getattr(cause, "orig", cause)).strip().splitlines() or [type(cause).__name__]
+        raise StorageError(f"the study's database {mask(url)} failed: {hide_passwords(lines[0])}") from error
     except RuntimeError as error:
         if "optuna" not in str(error):
             raise
-        raise StorageError(f"{mask(url)}: {error}") from error
+        raise StorageError(hide_passwords(f"{mask(url)}: {error}")) from error
 
 
 def pack(items: np.ndarray) -> str:
