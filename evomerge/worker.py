@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -169,13 +169,6 @@ class Worker:
         Raises:
             CandidateFailure: this candidate has no scores (non-finite weights or logits).
         """
-        if not job.moments:
-            return self._evaluate(job)
-        with Observed(self.live) as seen:
-            outcome = self._evaluate(job)
-        return replace(outcome, moments=seen.moments())
-
-    def _evaluate(self, job: Job) -> Outcome:
         if job.batch_tokens is not None:
             self.live.batch_tokens = job.batch_tokens
         self._observe(job.splits)
@@ -184,19 +177,8 @@ class Worker:
         faults.point("merging")
         self.live.install(job.recipe, self.weights)
         merged = time.perf_counter()
-        scores: dict[str, dict[str, Scores]] = {}
-        stopped: Stopped | None = None
-        for split in job.splits:
-            if split == "search" and job.race is not None:
-                scores[split], stopped = score_in_rungs(self.objectives, self.live, split, job.race, self._sizes)
-                continue
-            if job.parts:
-                scores[split] = score_parts(self.objectives, self.live, split, job.parts)
-                continue
-            scores[split] = {}
-            for objective in self.objectives:
-                faults.point("scoring")
-                scores[split][objective.name] = objective.score(self.live, split)
+        with Observed(self.live) if job.moments else contextlib.nullcontext() as seen:
+            scores, stopped = self._score(job)
         scored = time.perf_counter()
         with self.live.prefixes.paused():
             again = score_again(self.objectives, self.live, scores["search"], job.race) if job.twice else {}
@@ -212,7 +194,25 @@ class Worker:
             batch_tokens=self.live.batch_tokens,
             notes=(*self.live.notes, *(f"objective {n} is not deterministic: {apart}" for n, apart in again.items())),
             spreads=again,
+            moments=seen.moments() if seen is not None else {},
         )
+
+    def _score(self, job: Job) -> tuple[dict[str, dict[str, Scores]], Stopped | None]:
+        """The live model's scores on the splits of a job, and whether it was stopped early."""
+        scores: dict[str, dict[str, Scores]] = {}
+        stopped: Stopped | None = None
+        for split in job.splits:
+            if split == "search" and job.race is not None:
+                scores[split], stopped = score_in_rungs(self.objectives, self.live, split, job.race, self._sizes)
+                continue
+            if job.parts:
+                scores[split] = score_parts(self.objectives, self.live, split, job.parts)
+                continue
+            scores[split] = {}
+            for objective in self.objectives:
+                faults.point("scoring")
+                scores[split][objective.name] = objective.score(self.live, split)
+        return scores, stopped
 
 
 def score_again(
