@@ -41,6 +41,7 @@ from evomerge.optimizers._core import (
 from evomerge.optimizers._parts import Parts
 
 TRIES = 64
+FEW, MANY = 8, 24  # members of the archive with one objective, and with several
 FILL, CLEAR = 0.4, 0.15  # shares of a mutant's changes; the rest moves a coordinate
 LISTED = 4096  # points of a finite space up to which the last unknown ones are looked for one by one
 
@@ -66,12 +67,16 @@ class Evolution:
         seed: int,
         start: Array,
         *,
-        population: int = 16,
+        population: int | None = None,
         crossover: float = 0.3,
-        more: float = 0.5,
+        more: float = 1.0,
         facts: Facts | None = None,
     ) -> None:
-        """See `make`; `population` is the size of the archive, `more` the mean number of changes beyond the first."""
+        """See `make`; `population` is the size of the archive, `more` the mean number of changes beyond the first.
+
+        None stands for a population of 8 with one objective and of 24 with several, which have a front to hold.
+        """
+        population = (FEW if len(goals) == 1 else MANY) if population is None else population
         check_number("population", population, 2, whole=True)
         check_number("crossover", crossover, 0, 1)
         check_number("more", more, 0, 20)
