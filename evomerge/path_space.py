@@ -260,7 +260,7 @@ class PathSpace:
         if recipe.method == "passthrough" and plain and not any(source.parameters for source in sources):
             ranges = [(names.get(s.model), range(*(s.layers or (0, self.n_layers)))) for s in sources]
             return [(name, d) for name, layers in ranges if name for d in layers] if all(n for n, _ in ranges) else None
-        alone = self._alone(recipe)
+        alone = self._alone(recipe) if recipe.method == "task_arithmetic" else None
         return None if alone not in dict(self.sources) else [(str(alone), d) for d in range(self.n_layers)]
 
     def _alone(self, recipe: Recipe) -> str | None:
