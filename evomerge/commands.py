@@ -96,10 +96,9 @@ def run_search(
                 optimizer=optimizer,
                 start_pool=lambda: make_pool(
                     prepared.worker,
-                    local=config.workers.local,
-                    ray=config.workers.ray,
-                    address=config.workers.address,
                     inline=inline,
+                    on_note=lambda note: say(f"note: {note}"),
+                    **config.workers.pool_options(),
                 ),
                 budget=budget,
                 known=prepared.known,

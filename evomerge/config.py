@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints, ValidationError
 
 from evomerge import registry
 from evomerge.errors import ConfigError, Problem
@@ -17,6 +17,7 @@ from evomerge.fidelity import Fidelity, read_fidelity
 from evomerge.objectives import ObjectiveSpec
 from evomerge.path_space import is_path_spec
 from evomerge.strict_yaml import Document, load_yaml
+from evomerge.worker_entries import Strict, Workers, check_workers
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Path_ = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
@@ -24,65 +25,15 @@ Limit = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 DEFAULT_EVALUATIONS = 100
 BASE, MERGED = "base", "merged"  # the names of the two models that `experts:` does not name
 
-_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(|k|M|G|T|Ki|Mi|Gi|Ti)B")
-_UNITS = (
-    {"": 1}
-    | {u: 1000 ** (i + 1) for i, u in enumerate("kMGT")}
-    | {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("KMGT")}
-)
 
-
-def read_size(value: Any) -> int:
-    """Bytes of a size such as 40GB, 1.5 GiB or 512MB; 0 needs no unit.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is not None:
-        return int(float(match[1]) * _UNITS[match[2]])
-    if type(value) is int and value == 0:
-        return 0
-    raise ValueError("a size is a number with its unit, as in 40GB, 1.5GiB or 512MB")
-
-
-Size = Annotated[int, BeforeValidator(read_size)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Budget(_Strict):
+class Budget(Strict):
     """When a search ends: after so many candidates or hours, whichever is first."""
 
     evaluations: Annotated[int, Field(gt=0)] | None = None
     hours: Annotated[float, Field(gt=0, strict=False)] | None = None
 
 
-class Workers(_Strict):
-    """Where candidates are evaluated.
-
-    `local` processes on this machine (one if neither is given), or `ray` actors on a Ray cluster (`address`; absent:
-    a local one).
-
-    `gpu_memory`, `host_memory` and `tables` are budgets of each worker: device memory for resident weights (the live
-    model comes on top), host memory for copies of weights (page-locked beside a GPU), and memory for what merges
-    compute from the models alone. What fits neither of the first two stays memory-mapped on disk.
-    """
-
-    local: Annotated[int, Field(gt=0, le=1024)] | None = None
-    ray: Annotated[int, Field(gt=0, le=4096)] | None = None
-    address: str | None = None
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    timeout_s: Annotated[float, Field(gt=0, strict=False)] = 3600.0
-    gpu_memory: Size | None = None
-    host_memory: Size | None = None
-    tables: Size | None = None
-
-
-class _StudyFile(_Strict):
+class _StudyFile(Strict):
     """The keys of a study file. `space` and `objectives` are checked by the parts that know them."""
 
     name: Name
@@ -97,7 +48,7 @@ class _StudyFile(_Strict):
     workers: Annotated[int, Field(gt=0, le=1024)] | Workers = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     known_recipes: bool = True
-    constraints: list[Limit] = []
+    constraints: Annotated[list[Limit], Field(default_factory=list)]
     fidelity: Annotated[Fidelity, BeforeValidator(read_fidelity)] = Fidelity()
 
 
@@ -237,11 +188,10 @@ def parse_study(
     storage = _storage(data, document, problems)
     if problems or parsed is None:
         raise ConfigError.of(problems, source)
-    _check_workers(parsed, document)
+    check_workers(parsed.workers, document)
     _check_names(parsed, document, space)
     workers = parsed.workers if isinstance(parsed.workers, Workers) else Workers(local=parsed.workers)
-    if workers.local is None and workers.ray is None:
-        workers = workers.model_copy(update={"local": 1})
+    workers = workers.settled()
     budget = parsed.budget
     if budget.evaluations is None and budget.hours is None:
         budget = Budget(evaluations=DEFAULT_EVALUATIONS)
@@ -405,13 +355,6 @@ def _storage(data: Mapping[str, Any], document: Document, problems: list[Problem
     if problem:
         problems.append(Problem(problem, where=document.where(("storage",))))
     return str(url)
-
-
-def _check_workers(parsed: _StudyFile, document: Document) -> None:
-    workers = parsed.workers
-    if isinstance(workers, Workers) and workers.local is not None and workers.ray is not None:
-        message = "`workers:` has `local:` and `ray:`"
-        raise ConfigError.of([Problem(message, document.where(("workers",)), "give one of them")])
 
 
 def _check_names(parsed: _StudyFile, document: Document, space: Mapping[str, Any]) -> None:

@@ -323,11 +323,7 @@ class Scorer:
             require_same_inputs(self.study, self.config)
             # The time allowed was meant for a candidate on the search split; other splits are larger.
             spec = replace(worker_spec(self.config, threads=self.study.header.threads), allowed_s=None)
-            workers = self.config.workers
-            size = min(workers.local or workers.ray or 1, len(jobs))
-            self._pool = make_pool(
-                spec, local=size, ray=size if workers.ray else None, address=workers.address, inline=self._inline
-            )
+            self._pool = make_pool(spec, inline=self._inline, **self.config.workers.pool_options(len(jobs)))
         for job in jobs:
             self._pool.submit(job)
         waiting = len(jobs)

@@ -16,7 +16,9 @@ import pytest
 
 from evomerge.errors import EvomergeError
 from evomerge.objectives import ObjectiveSpec
-from evomerge.pool import InlinePool, LocalPool, Pool, RayPool
+from evomerge.local_pool import LocalPool
+from evomerge.pool import InlinePool, Pool
+from evomerge.ray_pool import RayPool
 from evomerge.recipe import Recipe
 from evomerge.worker import Failed, Job, Outcome, WorkerSpec
 
@@ -61,7 +63,7 @@ def test_a_candidate_that_always_kills_its_worker_is_tried_twice_and_no_more(
     try:
         made.submit(job(2, 0.1))
         result = collect(made, 1)[2]
-        assert isinstance(result, Failed) and result.reason == "crash"
+        assert isinstance(result, Failed) and result.reason == "poison"
     finally:
         made.close()
 
