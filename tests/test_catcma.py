@@ -73,7 +73,7 @@ def test_contract_with_cells(kind: str) -> None:
     ("option", "value"),
     [("sigma0", 0.0), ("changes", 0), ("changes", "many"), ("directions", 2), ("scalarise", "sum"), ("weights", 3)],
 )
-def test_a_wrong_option_value_is_a_config_error(option: str, value: object) -> None:
+def test_a_wrong_option_value_is_a_config_error(option: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         build([0, 3], **{option: value})
     assert caught.value.problems[0].where == f"optimizer.{option}"

@@ -81,7 +81,7 @@ def test_contract_with_cells_and_parts(kind: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value"), [("population", 1), ("population", 2.5), ("crossover", 1.1), ("more", -1), ("more", True)]
 )
-def test_a_wrong_option_value_is_a_config_error(option: str, value: object) -> None:
+def test_a_wrong_option_value_is_a_config_error(option: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         build(edits(), **{option: value})
     assert caught.value.problems[0].where == f"optimizer.{option}"
@@ -168,9 +168,9 @@ def test_a_child_of_two_holds_what_both_do_and_nothing_else_than_they_do(seed: i
     child = parts.unite(first, second, rng)
 
     def contents(x: np.ndarray) -> set[bytes]:
-        codes = parts.codes(x)
-        place = lambda k: b"" if any(k in g for g in parts.slots) else bytes([k])  # noqa: E731
-        return {place(k) + codes[parts.members[k]].tobytes() for k in np.flatnonzero(parts.filled(x))}
+        codes, slotted = parts.codes(x), {k for group in parts.slots for k in group}
+        places = {int(k): b"" if k in slotted else bytes([k]) for k in np.flatnonzero(parts.filled(x))}
+        return {place + codes[parts.members[k]].tobytes() for k, place in places.items()}
 
     assert contents(child) <= contents(first) | contents(second)
     assert contents(child) >= contents(first) & contents(second)
@@ -228,6 +228,15 @@ def test_it_begins_with_the_neutral_point_then_single_edits() -> None:
         x = optimizer.ask(number)
         assert 1 <= optimizer._parts.filled(x).sum() <= 2
         optimizer.tell(Result(number, x, np.array([0.4])))
+
+
+def test_a_start_that_comes_back_rounded_is_known() -> None:
+    facts = Facts.plain(7)
+    start = np.array([0.5, 7 / 16, 1 / 3, 0.1, 0.0625, 0.0005, 1.0])
+    parts = Parts.of(facts, start)
+    for sign in (-1, 1):
+        assert parts.key(np.clip(start + sign * 1e-6, 0, 1)) == parts.key(start)
+        assert parts.key(start) != parts.key(np.clip(start - 2e-3, 0, 1))
 
 
 @pytest.mark.parametrize("kind", sorted(SPACES))

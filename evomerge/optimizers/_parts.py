@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from evomerge.optimizers._core import Array, Facts
 
 GRID = 1000  # continuous values that agree to 1 / GRID are one
+OFFSET = 0.3127  # no border of that grid is where values like to be, such as 1/2 or 7/16: results come back rounded
 FRESH = 0.1  # standard deviation of a continuous coordinate of new content, around the neutral value
 FINEST, COARSEST = 0.02, 0.3  # standard deviations of a continuous step
 Codes = NDArray[np.int64]
@@ -68,7 +69,7 @@ class Parts:
     def codes(self, x: Array) -> Codes:
         """Return the cell of each coordinate `(d,)`, or its place on a fine grid where it is continuous."""
         counted = np.clip(np.floor(x * self.cells), 0, np.maximum(self.cells - 1, 0))
-        return np.where(self.cells > 0, counted, np.rint(x * GRID)).astype(np.int64)
+        return np.where(self.cells > 0, counted, np.floor(x * GRID + OFFSET)).astype(np.int64)
 
     def filled(self, x: Array) -> NDArray[np.bool_]:
         """Return which parts `(n,)` change something."""
