@@ -12,6 +12,7 @@ from evomerge.gains import Report, signed
 from evomerge.intervals import interval
 from evomerge.methods import Method
 from evomerge.objectives import Scores
+from evomerge.recipe import Recipe
 from evomerge.study import Candidate, Study
 
 
@@ -74,7 +75,7 @@ influenced nothing, and was scored once for this candidate.
 {_gains(gained)}
 ## Recipe
 
-```yaml
+{_layers(recipe)}```yaml
 {recipe.to_yaml().strip()}
 ```
 
@@ -179,6 +180,19 @@ def _tests(gained: Report) -> str:
     ]
     table = "\n".join(["| against | objective | lead | test | p |", "|---|---|---|---|---|", *rows])
     return f"\nOn the test split, {gained.corrected}:\n\n{table}\n"
+
+
+def _layers(recipe: Recipe) -> str:
+    """A path in one line: which layers of which model stand where; nothing for other recipes."""
+    sources = [source for piece in recipe.slices for source in piece.sources]
+    spans = [(s.model, s.layers) for s in sources if s.layers is not None]
+    if recipe.method != "passthrough" or len(spans) < len(sources):
+        return ""
+    said = ", ".join(f"{model} {a}" if b - a == 1 else f"{model} {a}-{b - 1}" for model, (a, b) in spans)
+    scaled = any(name in ("scale", "shift") for s in sources for name, _ in s.parameters)
+    fold = " Where the path scales the hidden state, the factors are folded into the weights." if scaled else ""
+    total = sum(b - a for _, (a, b) in spans)
+    return f"A path of {total} layers: {said}.{fold} The checkpoint is a plain one, and needs no code.\n\n"
 
 
 def _licences(paths: Mapping[str, Any]) -> str:

@@ -222,3 +222,14 @@ def test_the_page_gives_the_measured_differences() -> None:
     rows = re.findall(r"^\| ([a-z]\w+) \|.*\| ([\d.e-]+) \|$", (ROOT / "docs" / "paths.md").read_text(), re.MULTILINE)
     assert {name for name, _ in rows} == {*FAMILIES, *MORE}
     assert all(0 < ast.literal_eval(figure) < LOSS for _, figure in rows)
+
+
+def test_the_card_reads_a_path_in_one_line() -> None:
+    from evomerge.card import _layers
+
+    stack = path(Path(), ("base", 0, 2), ("red", 1, 2))
+    line = _layers(stack)
+    assert line.startswith("A path of 3 layers: base 0-1, red 1. The checkpoint") and "folded" not in line
+    assert "are folded into the weights" in _layers(fold_scales(stack, (1.0, 1.0, 2.0), "llama"))
+    assert _layers(Recipe.build("passthrough", None, {"red": {}})) == ""
+    assert _layers(Recipe.build("linear", None, {"red": {}, "base": {}})) == ""
