@@ -106,7 +106,7 @@ class Prefixes:
             return call()
         batch = self._batches.setdefault(key, _States())
         batch.used = self._candidate
-        depth = next((d for d in range(len(self._chain), 0, -1) if self._chain[d - 1] in batch.kept), 0)
+        depth = next((d for d in range(len(self._chain) - 1, 0, -1) if self._chain[d - 1] in batch.kept), 0)
         self.passes += 1
         self.layers += len(self._chain)
         if depth and depth not in self._proved:
@@ -141,7 +141,7 @@ class Prefixes:
                 layer.__dict__.pop("forward", None)
             for handle in handles:
                 handle.remove()
-        if any(_tensor_of(state) is None for state in found.values()):
+        if any(_tensor_of(found.get(d)) is None for d in wanted):
             self.problem = "its layers do not give a hidden state"
             self._forget()
             self.leave()
@@ -155,8 +155,11 @@ class Prefixes:
         return out
 
     def _wanted(self, batch: _States, depth: int) -> list[int]:
-        """Depths to keep: all that an earlier candidate had, or as many as have a place, evenly apart."""
-        new = range(depth + 1, self._shared + 1)
+        """Depths to keep: all that an earlier candidate had, or as many as have a place, evenly apart.
+
+        Never the last: what follows it is the model's own code, which may write to what it reads.
+        """
+        new = range(depth + 1, min(self._shared, len(self._chain) - 1) + 1)
         places = max(1, self._places() - len(batch.kept))
         count = min(len(new), places)
         return [new[(i + 1) * len(new) // count - 1] for i in range(count)]

@@ -352,7 +352,7 @@ def test_a_worker_scores_rungs_and_splits_as_one_without_states(work: Path) -> N
                 assert np.array_equal(scores.items, b.scores["search"][name].items), (number, name)
             assert a.spreads == b.spreads == {}
             assert "prefix_saved" not in b.tables
-    assert a.tables["prefix_hits"] > 0 and a.tables["prefix_saved"] > 0.2
+    assert a.tables["prefix_hits"] >= 20 and a.tables["prefix_saved"] > 0.15
     assert a.tables["prefix_bytes"] == ours.live.prefixes.n_bytes > 0
 
 
