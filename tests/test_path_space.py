@@ -29,7 +29,7 @@ from evomerge.weights import Weights
 from .test_layer_path import N, logits, make
 
 ROOT = Path(__file__).parent.parent
-QUIET = settings(deadline=None, derandomize=True, max_examples=40)
+QUIET = settings(deadline=None, derandomize=True, max_examples=25)
 BASE, MERGED = "models/base", "runs/ps/merged"
 EXPERTS = {"math": "models/math", "code": "models/code"}
 WHERE = {"base": BASE, "merged": MERGED, **EXPERTS}
@@ -282,7 +282,7 @@ SLOW = {"choices": slow_choices, "edits": slow_edits, "indicators": slow_indicat
 
 
 @every
-@settings(QUIET, max_examples=150)
+@settings(QUIET, max_examples=80)
 @given(seeds)
 def test_paths_are_those_of_a_plain_restatement(made: PathSpace, seed: int) -> None:
     params = draw(made, seed)
@@ -526,6 +526,11 @@ def test_recipes_outside_the_space_have_no_point() -> None:
     assert point((math, 0, 4), (math, 2, 8)) is None  # one pass
     skipped = point((math, 0, 4), (math, 5, 8))
     assert skipped is not None and skipped["layer.4"] == "skip"
+    for block, held in ((3, False), (4, True), (1, False)):  # one repeat of four layers
+        edits = space({"path": "edits", "backbone": "math", "scales": "off", "block": block}, merged=None)
+        repeated = space({"path": "edits", "backbone": "math", "scales": "off", "block": 4}, merged=None)
+        twice = repeated.recipe(repeated.start() | {"edit0.kind": "repeat", "edit0.first": 2, "edit0.length": 4})
+        assert (edits.point_of(twice) is not None) == held
     merged = made.with_moments({"math": [float(k + 1) for k in range(9)], "code": [1.0] * 9})
     assert merged.point_of(made.recipe(skipped)) is None  # a matched scale stands there
     assert merged.point_of(made.recipe(made.start())) == made.start()
