@@ -151,6 +151,10 @@ def status_of(study: Study) -> dict[str, Any]:
     stops = Counter(share_text(c.attrs["share"]) for c in candidates if c.state == "stopped")
     for share, count in sorted(stops.items()):
         status[f"stopped at {share}"] = count
+    rules = Counter(c.attrs.get("stop_rule") for c in candidates if c.state == "stopped")
+    for rule in ("infeasible", "hopeless"):
+        if rules[rule]:
+            status[rule] = f"{rules[rule]} of those that were stopped"
     for reason, count in reasons.items():
         status[f"failed: {reason}"] = count
     for name, apart in (candidates[0].attrs.get("spreads", {}) if candidates else {}).items():

@@ -123,6 +123,8 @@ def test_depth_and_rungs_go_together(deep: Path) -> None:
             assert truth["text"].value > min(v[1] for v in before) / 0.98
     shown = status_of(study)
     assert shown["stopped"] == len(stops(study)) and shown["best depth"].startswith(("4", "3", "2"))
+    hopeless = sum(c.attrs["stop_rule"] == "hopeless" for c in stops(study))
+    assert shown["hopeless"] == f"{hopeless} of those that were stopped" and "infeasible" not in shown
 
 
 LIMITED = ("budget.evaluations=24", "constraints=[depth <= 7]", "fidelity={keep: 0.98}")

@@ -129,6 +129,9 @@ def test_there_is_a_rule_only_beside_an_objective_that_is_scored_whole_and_with_
     assert hopes_of(values, names, ups, Terms({"depth": "exact"}, 0.0, {"math": (0.0, 1.0)})) == ()
     assert hopes_of(values, names, ups, Terms({"depth": "exact"}, 0.5, {"math": (None, None)})) == ()
     assert not Limits().hopeless({0: np.zeros(60)}, {0: N}, (True,), RISK)
+    assert Limits((), (0.4,)).hopeless({0: np.zeros(60)}, {0: N}, (True,), RISK)
+    half = Limits((), (0.4, 0.4))
+    assert not half.hopeless({0: np.zeros(60)}, {0: N, 1: N}, (True, True), RISK), "nothing is known of the second"
 
 
 def test_who_keeps_half_of_the_best_in_one_objective_stops_in_at_most_the_stated_share() -> None:

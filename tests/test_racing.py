@@ -439,6 +439,23 @@ def test_a_measured_objective_needs_confidence_too() -> None:
     assert deep_verdict(race, answers(rng, 0.1), 7.0, 0.1, 5) is None
 
 
+def test_measurements_are_compared_by_welchs_test() -> None:
+    rng = np.random.default_rng(29)
+    for runs, others in ((5, 5), (3, 20)):
+        mine, theirs = rng.normal(10.5, 0.4, runs), rng.normal(10.0, 0.1, others)
+        rival = Rival(1, (np.empty(0),), (theirs.mean(),), (1.0,), (theirs.std(),),
+                      {0: Whole(theirs.mean(), stats.sem(theirs), others)})  # fmt: skip
+        score = Whole(mine.mean(), stats.sem(mine), runs)
+        expected = stats.ttest_ind(mine, theirs, equal_var=False, alternative="greater").pvalue
+        assert racing._p_whole(score, rival, 0, up=False) == pytest.approx(expected)
+        gain, variance = racing._gain_of(score, rival.whole[0], False, 2.5)
+        found = stats.ttest_ind(mine, theirs, equal_var=False)
+        level = stats.norm.cdf(-2.5)
+        assert gain < 0.0 and 2.5 * variance**0.5 == pytest.approx(
+            -gain / found.statistic * stats.t.isf(level, found.df)
+        )
+
+
 def test_equal_measurements_stop_in_at_most_the_stated_share() -> None:
     """As fast as the rival in truth and far worse elsewhere: the runs alone stand between it and a stop."""
     rng = np.random.default_rng(23)
