@@ -68,7 +68,8 @@ def test_rungs_add_up_to_all_items_once(n: int) -> None:
               {"rungs": [0, 1]}, {"rungs": [0.5, 1.5]}, {"rungs": [0.5, 0.5, 1]}, {"rungs": ["half", 1]},
               {"rungs": [True]}, {"rungs": [0.5, 1], "risk": 1}, {"epochs": "on"}, {"epochs": {"share": 1}},
               {"epochs": {"share": True}}, {"epochs": {"share": 0}}, {"epochs": {"candidates": 1}},
-              {"epochs": {"candidates": 9.5}}, {"epochs": {"length": 9}}, {"rungs": [0.5, 1], "epochs": None}]
+              {"epochs": {"candidates": 9.5}}, {"epochs": {"length": 9}}, {"rungs": [0.5, 1], "epochs": None}, {"keep": 0},
+              {"keep": 1}, {"keep": True}, {"keep": "half"}]
 )  # fmt: skip
 def test_what_is_no_list_of_rungs_is_refused(value: object) -> None:
     with pytest.raises(ValueError):
@@ -85,12 +86,17 @@ def test_rungs_are_read() -> None:
     assert read_fidelity({"epochs": {}}) == Fidelity(None, Epochs(SHARE, None))
     both = {"rungs": [1], "epochs": {"share": 0.5, "candidates": 20}}
     assert read_fidelity(both) == Fidelity((1.0,), Epochs(0.5, 20))
+    assert read_fidelity({"keep": 0.7}) == Fidelity(None, None, 0.7)
+    assert read_fidelity({"rungs": [0.5, 1], "keep": "off"}) == Fidelity((0.5, 1.0), None, 0.0)
     assert [share_text(s) for s in (*RUNGS, 0.3, 0.1234)] == ["1/8", "1/4", "1/2", "1", "3/10", "12.3 %"]
 
 
 def test_people_are_told_where_and_by_which_rule_a_candidate_stopped() -> None:
     said = [str(Stopped(share, 9, {}, rule)) for share, rule in ((0.25, "beaten"), (0.5, "outweighed"))]
     assert said == ["stopped at 1/4, beaten by #9", "stopped at 1/2, for every weighting beaten, nearest by #9"]
+    assert str(Stopped(0.125, 9, {}, "infeasible", "math")) == "stopped at 1/8, infeasible: math misses its limit"
+    assert str(Stopped(0.0, 9, {}, "infeasible", "depth")).startswith("stopped before scoring, infeasible: depth")
+    assert str(Stopped(0.125, 9, {}, "hopeless")).startswith("stopped at 1/8, hopeless: little is left")
     assert str(Stopped(0.015625, 9, {}, "unpromising")) == "stopped at 1/64, unpromising beside #9"
 
 
