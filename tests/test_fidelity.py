@@ -68,8 +68,8 @@ def test_rungs_add_up_to_all_items_once(n: int) -> None:
               {"rungs": [0, 1]}, {"rungs": [0.5, 1.5]}, {"rungs": [0.5, 0.5, 1]}, {"rungs": ["half", 1]},
               {"rungs": [True]}, {"rungs": [0.5, 1], "risk": 1}, {"epochs": "on"}, {"epochs": {"share": 1}},
               {"epochs": {"share": True}}, {"epochs": {"share": 0}}, {"epochs": {"candidates": 1}},
-              {"epochs": {"candidates": 9.5}}, {"epochs": {"length": 9}}, {"rungs": [0.5, 1], "epochs": None}, {"keep": 0},
-              {"keep": 1}, {"keep": True}, {"keep": "half"}]
+              {"epochs": {"candidates": 9.5}}, {"epochs": {"length": 9}}, {"rungs": [0.5, 1], "epochs": None},
+              {"keep": 0}, {"keep": 1}, {"keep": True}, {"keep": "half"}]
 )  # fmt: skip
 def test_what_is_no_list_of_rungs_is_refused(value: object) -> None:
     with pytest.raises(ValueError):
