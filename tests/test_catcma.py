@@ -93,6 +93,9 @@ def test_cmaes_still_has_what_is_read_of_it() -> None:
     points = np.random.default_rng(0).random((6, 3))
     run.update(points, np.arange(6.0))
     assert run._es.generation == 1
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cmaes takes the median of no history where the middle costs are equal
+        assert (run._es._calc_continuous_penalty(points, np.r_[0, np.ones(5)]) == 0).all()
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

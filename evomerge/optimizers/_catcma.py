@@ -60,7 +60,7 @@ class Layout:
     @property
     def alpha(self) -> float:
         """The chance with which a settled discrete coordinate still takes another value."""
-        return 1.0 - MARGIN_SHARE ** (1.0 / max(1, len(self.whole) + len(self.choices)))
+        return 1.0 - float(MARGIN_SHARE ** (1.0 / max(1, len(self.whole) + len(self.choices))))
 
     def cut(self, raw: Array) -> Array:
         """Return the point `(d,)` of a raw one: whole numbers at the middle of their cell."""
@@ -115,7 +115,7 @@ class Mixed:
     def _categories(self, uniform: Array) -> NDArray[np.intp]:
         reached = np.cumsum(self.shares, axis=1) < uniform[:, None]
         last = self.layout.cells[self.layout.choices] - 1
-        return np.minimum(reached.sum(axis=1), last).astype(np.intp)
+        return np.asarray(np.minimum(reached.sum(axis=1), last), dtype=np.intp)
 
     def _whole(self, sample: Array, categories: NDArray[np.intp]) -> Array:
         raw = np.full(len(self.layout.cells), 0.5)
@@ -167,10 +167,7 @@ class MixedRun:
         moved = copy.deepcopy(self._es)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            try:
-                moved.tell(solutions)
-            except np.linalg.LinAlgError:  # no eigenvalues of a matrix that is not finite
-                return
+            moved.tell(solutions)
             if not self._bounded(moved):
                 return
             self._es = moved
