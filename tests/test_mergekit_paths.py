@@ -153,6 +153,6 @@ def test_where_mergekit_has_no_such_recipe_none_is_written(family: str, tmp_path
     assert not (tmp_path / "scaled" / "mergekit_config.yml").exists()
     data, lost = mergekit_form(folded)
     assert data is None and len(lost) == 1 and "`shift`" in lost[0] and "another model" in lost[0]
-    assert (tmp_path / "plain" / "mergekit_config.yml").read_text() == dump_yaml(mergekit_form(stack)[0])
+    assert (tmp_path / "plain" / "mergekit_config.yml").read_text().endswith(dump_yaml(mergekit_form(stack)[0]))
     assert not torch.equal(logits(LiveModel(str(tmp_path / "scaled"))), logits(LiveModel(str(tmp_path / "plain"))))
     assert any("`shift`" in line for line in folded.to_mergekit()[1])

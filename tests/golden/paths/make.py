@@ -26,7 +26,9 @@ HERE = Path(__file__).parent
 MERGEKIT = HERE.parents[2] / ".venv-mergekit" / "bin" / "python"
 COMMAND = "from mergekit.scripts.run_yaml import main; main()"
 # Of a configuration whose `layer_types` are not as many as its layers, which mergekit makes and transformers refuses.
-LENIENT = "import transformers; transformers.PreTrainedConfig.validate = lambda self: None; "
+LENIENT = "".join(
+    f"from transformers import {name}Config; {name}Config.validate = lambda self: None; " for name in ("Qwen2", "Qwen3")
+)
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 32, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
