@@ -77,6 +77,8 @@ class RayPool:
         EnvironmentProblem: Ray cannot be reached, or no node has room for a worker.
     """
 
+    worker_class: type = RayWorker
+
     def __init__(
         self,
         spec: WorkerSpec,
@@ -98,7 +100,7 @@ class RayPool:
         try:
             self._need = self._wait_for_room(spec, per_gpu)
             self._spec = self._settled(spec, per_gpu)
-            self._actor_class = self._ray.remote(max_restarts=0, max_task_retries=0)(RayWorker)
+            self._actor_class = self._ray.remote(max_restarts=0, max_task_retries=0)(self.worker_class)
             self._refresh(force=True)
         except BaseException:
             self.close()
