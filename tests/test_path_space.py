@@ -303,6 +303,10 @@ def test_the_papers_indicators_by_hand() -> None:
     nodes = [(m, d) for m in ("math", "code") for d in (1, 2)]
     wanted = {(a, b) for a in [("math", 0), *nodes] for b in [*nodes, ("math", 3)] if b != (a[0], a[1] + 1)}
     assert pairs == {f"scale.{a[0]}.{a[1]}.{b[0]}.{b[1]}" for a, b in wanted}
+    once = space({**spec, "repeats": 1}, n_layers=4, merged=None)  # nothing comes back to an earlier slot
+    wanted = {(a, b) for a, b in wanted if a not in nodes or b not in nodes or nodes.index(a) < nodes.index(b)}
+    names = {g.name for g in once.genes if g.name.startswith("scale.")}
+    assert names == {f"scale.{a[0]}.{a[1]}.{b[0]}.{b[1]}" for a, b in wanted} and len(names) < len(pairs)
 
 
 def edited(made: PathSpace, *edits: Mapping[str, Natural]) -> list[str]:
@@ -524,6 +528,9 @@ def test_recipes_outside_the_space_have_no_point() -> None:
     assert point((math, 0, 8), own={"scale": 0.5}) is None
     assert point(("models/other", 0, 8)) is None
     assert point((math, 0, 4), (math, 2, 8)) is None  # one pass
+    start = made.recipe(made.start())
+    for change in ({"dtype": "float16"}, {"out_dtype": "float16"}, {"compat": "mergekit"}):
+        assert made.point_of(replace(start, **change)) is None
     skipped = point((math, 0, 4), (math, 5, 8))
     assert skipped is not None and skipped["layer.4"] == "skip"
     for block, held in ((3, False), (4, True), (1, False)):  # one repeat of four layers
