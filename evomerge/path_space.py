@@ -147,6 +147,7 @@ class PathSpace:
             evaluations=evaluations,
             parts=tuple(tuple(place[name] for name in part) for part in (*backbone, *self.encoding.parts)),
             neutral=self.encode(self.start()),
+            meaning=lambda x: self.path(self.decode(x)),
         )
 
     def decode(self, x: ArrayLike) -> dict[str, Natural]:

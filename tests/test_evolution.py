@@ -266,6 +266,35 @@ def test_a_finite_space_is_tried_to_its_end() -> None:
     assert len({optimizer._parts.key(x) for x in points}) == len(points) == 61
 
 
+@pytest.mark.parametrize("name", ["evolution", "catcma"])
+def test_points_that_mean_the_same_are_one(name: str) -> None:
+    """Sources matter to one kind of edit, and scales to none."""
+    facts, start = edits(3)
+
+    def meaning(x: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        rows = Parts.of(facts, start).codes(x).reshape(3, 4)
+        return tuple(sorted((int(k), int(a), int(s) * (k == 3)) for k, a, s, _ in rows if k))
+
+    optimizer = make(name, len(start), UNIT[:1], 0, start, {}, replace(facts, meaning=meaning))
+    seen = set()
+    for number in range(80):
+        x = optimizer.ask(number)
+        seen.add(meaning(x))
+        optimizer.tell(Result(number, x, np.array([0.5 + 0.1 * np.sin(number)])))
+    assert len(seen) >= (80 if name == "evolution" else 78)
+
+
+def test_a_finite_space_of_which_points_mean_the_same_ends_too() -> None:
+    facts, start = edits(1, scale=False)
+    optimizer = build((replace(facts, meaning=lambda x: int(x[0] * 4) if x[0] >= 0.25 else None), start))
+    points = []
+    with pytest.raises(Exhausted, match="mean"):
+        for number in range(100):
+            points.append(optimizer.ask(number))
+            optimizer.tell(Result(number, points[-1], np.array([0.5])))
+    assert len(points) == 4
+
+
 def test_a_single_point_is_all_there_is() -> None:
     facts = replace(Facts.plain(2), cells=np.ones(2, dtype=np.intp))
     optimizer = build((facts, np.full(2, 0.5)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -114,6 +114,8 @@ class Facts:
             length) or one position of it; each coordinate is in at most one part. A part whose first coordinate is in
             the same cell as `neutral`'s changes nothing, whatever its others are. () where there are none.
         neutral: (d,) the point where no part changes anything (the identity path); None without parts.
+        meaning: what a point stands for, such as its layer path: points that agree in it are one candidate. None if
+            only points that agree in all coordinates are.
     """
 
     cells: NDArray[np.intp]
@@ -125,6 +127,7 @@ class Facts:
     evaluations: int | None = None
     parts: tuple[tuple[int, ...], ...] = ()
     neutral: Array | None = None
+    meaning: Callable[[Array], Hashable] | None = None
 
     @classmethod
     def plain(cls, dim: int, workers: int = 1, evaluations: int | None = None) -> Facts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,7 @@ class Parts:
         categorical: (d,) as in Facts.
         neutral: (d,) the point whose parts are all empty.
         slots: groups of interchangeable parts, by number.
+        meaning: as in Facts.
     """
 
     members: tuple[NDArray[np.intp], ...]
@@ -47,6 +48,7 @@ class Parts:
     categorical: NDArray[np.bool_]
     neutral: Array
     slots: tuple[tuple[int, ...], ...]
+    meaning: Callable[[Array], Hashable] | None = None
 
     @classmethod
     def of(cls, facts: Facts, start: Array) -> Parts:
@@ -64,7 +66,7 @@ class Parts:
             for signature, group in groups.items()
             if len(group) > 1 and any(cells > 1 and not categorical for cells, categorical, _ in signature[1:])
         ]
-        return cls(members, facts.cells, facts.categorical, neutral.copy(), tuple(slots))
+        return cls(members, facts.cells, facts.categorical, neutral.copy(), tuple(slots), facts.meaning)
 
     def codes(self, x: Array) -> Codes:
         """Return the cell of each coordinate `(d,)`, or its place on a fine grid where it is continuous."""
@@ -84,6 +86,10 @@ class Parts:
             rows = codes[group]
             codes[group] = rows[np.lexsort(rows.T)]
         return codes.tobytes()
+
+    def names(self, x: Array) -> set[Hashable]:
+        """Return what a point is known by: its key, and what the space says that it means."""
+        return {self.key(x)} if self.meaning is None else {self.key(x), self.meaning(x)}
 
     @cached_property
     def count(self) -> int | None:

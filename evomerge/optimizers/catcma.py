@@ -15,7 +15,7 @@ numbers keep a margin, and both move with the numbers. Differences:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class CatCma(CmaEs):
         self._changes = changes
         self._layout = Layout.of(facts.cells, facts.categorical)
         self._parts = Parts.of(facts, start)
-        self._seen: set[bytes] = set()
+        self._seen: set[Hashable] = set()
         super().__init__(
             dim,
             goals,
@@ -74,18 +74,18 @@ class CatCma(CmaEs):
         """
         if not len(self._layout.normal) and not len(self._layout.choices) and (self._numbers or pending):
             raise Exhausted("the space has a single point")
-        known = self._seen.union(self._parts.key(x) for x in pending)
+        known = self._seen.union(*(self._parts.names(x) for x in pending))
         z, distribution = self._noise(number), self._directions[self._index(number)].normal
         for attempt in range(ATTEMPTS):
             x = distribution.draw(z[attempt:])
-            if self._parts.key(x) not in known:
+            if known.isdisjoint(self._parts.names(x)):
                 break
         return x
 
     def tell(self, result: Result) -> None:
         """Remember the point as known, and do with the result as `cma_es` does."""
         if result.x is not None and np.shape(result.x) == (self._dim,) and np.isfinite(result.x).all():
-            self._seen.add(self._parts.key(np.clip(result.x, 0.0, 1.0)))
+            self._seen |= self._parts.names(np.clip(result.x, 0.0, 1.0))
         super().tell(result)
 
     def recommend(self) -> Sequence[Recommendation]:

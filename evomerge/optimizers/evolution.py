@@ -14,13 +14,13 @@ Rules:
   stays, what one of them holds is kept, all of it or each by the toss of a coin. All others are mutants of one;
 - a mutant has 1 + Poisson(`more`) changes: an empty part is filled, a filled one emptied, or one coordinate of a
   filled part moves (a category is redrawn, a whole number goes by one or two cells, a number by a normal step);
-- nothing known or in flight is proposed again, up to 64 tries; what empty parts hold does not make a point new. When
-  all points of a finite space are known, the search is over.
+- nothing known or in flight is proposed again, up to 64 tries; what empty parts hold does not make a point new, nor
+  what the space says that a point does not mean. When all points of a finite space are known, the search is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +86,12 @@ class Evolution:
         self._first = (self._parts.neutral, start.copy())
         self._archive: list[_Member] = []  # best first
         self._results = 0
-        self._known: set[bytes] = set()
+        self._known: set[Hashable] = set()
 
     def tell(self, result: Result) -> None:
         """Take the result into the archive; the worst leaves."""
         if result.x is not None and np.shape(result.x) == (self._dim,) and np.isfinite(result.x).all():
-            self._known.add(self._parts.key(np.clip(result.x, 0.0, 1.0)))  # failed ones too: they would fail again
+            self._known |= self._parts.names(np.clip(result.x, 0.0, 1.0))  # failed ones too: they would fail again
         told = usable(result, self._dim, self._n_goals)
         if told is None:
             return
@@ -107,19 +107,22 @@ class Evolution:
         Raises:
             Exhausted: the space is finite and all of its points are known.
         """
-        known = self._known.union(self._parts.key(x) for x in pending)
-        if self._parts.count is not None and len(known) >= self._parts.count:
-            raise Exhausted(f"all {self._parts.count} points of the space have been tried")
+        known = self._known.union(*(self._parts.names(x) for x in pending))
+        count = self._parts.count
+        if self._parts.meaning is None and count is not None and len(known) >= count:
+            raise Exhausted(f"all {count} points of the space have been tried")
         for x in self._first:
-            if self._parts.key(x) not in known:
+            if known.isdisjoint(self._parts.names(x)):
                 return x.copy()
         rng = rng_for(self._seed, number)
         for _ in range(TRIES):
             child = self._child(rng)
-            if self._parts.key(child) not in known:
+            if known.isdisjoint(self._parts.names(child)):
                 return child
-        if self._parts.count is not None and self._parts.count <= LISTED:
-            unknown = [x for x in self._parts.points() if self._parts.key(x) not in known]
+        if count is not None and count <= LISTED:
+            unknown = [x for x in self._parts.points() if known.isdisjoint(self._parts.names(x))]
+            if not unknown:
+                raise Exhausted("all that the points of the space mean has been tried")
             return unknown[rng.integers(len(unknown))]
         return child
 
