@@ -80,7 +80,7 @@ class Prepared:
 
     def make_optimizer(self, header: Header) -> Optimizer:
         """A fresh optimizer, ready to be told the history of the study with this header."""
-        return make_optimizer(self.config, self.space, self.objectives, header.workers)
+        return make_optimizer(self.config, self.space_of(header), self.objectives, header.workers)
 
     def floors(self, labelled: Mapping[str, Sequence[float]]) -> np.ndarray | None:
         """The least (M,) that the constraints allow, larger is better, from the values of known recipes; None: any."""
