@@ -322,6 +322,11 @@ def test_ranking_is_by_violation_then_rank_then_crowding() -> None:
     assert set(order[:2]) == {3, 4} and set(order[2:4]) == {1, 2} and order[4:] == [5, 6, 0]
 
 
+def test_infeasible_members_outrank_nobody() -> None:
+    members = [_member(0, (0.9, 0.9), 0.1), _member(1, (0.1, 0.95)), _member(2, (0.5, 0.5))]
+    assert [m.number for m in _ranked(members)] == [2, 1, 0]
+
+
 def test_the_worst_leaves_and_a_new_score_replaces_the_old() -> None:
     optimizer = build(edits(), population=3)
     rng = np.random.default_rng(0)

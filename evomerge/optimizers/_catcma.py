@@ -24,6 +24,7 @@ from evomerge.optimizers._core import Array
 
 PRIVATE = ("_mean", "_sigma", "_C", "_A", "_q", "_p_sigma", "_pc", "_s", "_Delta", "_gamma", "_calc_continuous_penalty")
 MARGIN_SHARE = 0.73  # chance that no discrete coordinate leaves its settled value (CatCMAwM, section 4)
+MOST_OTHER = 0.9  # times the share of other categories in an even distribution: the start stays the likeliest
 SETTLED = 1.05  # times the margin: nothing but the margin is left
 
 
@@ -130,7 +131,7 @@ def around(place: Array, sigma: float, changes: float, layout: Layout) -> Mixed:
     shares = np.zeros((len(cells), int(cells.max(initial=0))))
     own = layout.categories(place)[layout.choices]
     for i, k in enumerate(cells):
-        other = min(changes / len(cells), (k - 1) / k)
+        other = min(changes / len(cells), MOST_OTHER * (k - 1) / k)
         shares[i, :k] = other / (k - 1)
         shares[i, own[i]] = 1.0 - other
     g = len(layout.normal)
