@@ -170,6 +170,11 @@ def status_of(study: Study) -> dict[str, Any]:
         latest = {c.attrs["worker"]: c.attrs["tables"] for c in done if c.attrs.get("tables")}
         if latest:
             status["tables"] = _tables(list(latest.values()))
+            shared = [report for report in latest.values() if "prefix_saved" in report]
+            if shared:
+                saved = sum(r["prefix_saved"] * r["prefix_passes"] for r in shared)
+                share = saved / max(1.0, sum(r["prefix_passes"] for r in shared))
+                status["shared first layers"] = f"{share:.0%} of the layers not computed again"
     for number, remark in enumerate(remarks(study, candidates), start=1):
         status[f"note {number}"] = remark
     gains = _gains(study, candidates)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -192,10 +192,18 @@ class Worker:
             tables=self.live.tables.report() | self.live.prefixes.report(),
             stopped=stopped,
             batch_tokens=self.live.batch_tokens,
-            notes=(*self.live.notes, *(f"objective {n} is not deterministic: {apart}" for n, apart in again.items())),
+            notes=(
+                *self.live.notes,
+                *self._prefix_notes(),
+                *(f"objective {n} is not deterministic: {apart}" for n, apart in again.items()),
+            ),
             spreads=again,
             moments=seen.moments() if seen is not None else {},
         )
+
+    def _prefix_notes(self) -> Iterator[str]:
+        if self.live.prefixes.problem:
+            yield f"paths do not share the states behind their first layers: {self.live.prefixes.problem}"
 
     def _score(self, job: Job) -> tuple[dict[str, dict[str, Scores]], Stopped | None]:
         """The live model's scores on the splits of a job, and whether it was stopped early."""
@@ -213,6 +221,10 @@ class Worker:
                 faults.point("scoring")
                 scores[split][objective.name] = objective.score(self.live, split)
         return scores, stopped
+
+
+def _unsteady(name: str, apart: Spread) -> str:
+    return f"objective {name} is not deterministic: {apart}"
 
 
 def score_again(
