@@ -6,13 +6,13 @@ Per-item scores are packed into pieces below 60 KB, which every database can hol
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from evomerge.fidelity import Stopped
 from evomerge.objectives import Scores
@@ -67,6 +67,8 @@ class Candidate:
         values: one per objective, in the objectives' own units; None unless done.
         arrival: how many candidates had finished before this one; None while running.
         estimate, estimate_stderr: of a stopped candidate, in place of values.
+        owner: the fencing number of the controller that runs it; None once it has ended, or if nobody is known.
+        recipe_of: the text of a candidate's recipe, by number.
     """
 
     number: int
@@ -81,6 +83,8 @@ class Candidate:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     estimate: tuple[float, ...] | None = None
     estimate_stderr: tuple[float, ...] | None = None
+    owner: int | None = None
+    recipe_of: Callable[[int], str] = field(default=str, repr=False, compare=False)
 
     @property
     def stopped(self) -> str | None:
@@ -97,28 +101,39 @@ class Candidate:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe, read from its text at each call: a study of many candidates opens at once."""
-        return Recipe.from_yaml(self.attrs["recipe"], f"candidate {self.number}")
+        """The recipe, read from the database at each call: a study of many candidates opens at once."""
+        return Recipe.from_yaml(self.recipe_of(self.number), f"candidate {self.number}")
 
 
-def candidate_of(trial: FrozenTrial, names: Sequence[str]) -> Candidate:
-    """The candidate in one of Optuna's trials. names: of the objectives."""
-    attrs = trial.user_attrs
-    state = STATES.get(trial.state, "running")
+def candidate_of(
+    number: int,
+    trial_state: TrialState,
+    names: Sequence[str],
+    params: dict[str, Natural],
+    values: Sequence[float],
+    attrs: Mapping[str, Any],
+    *,
+    owner: int | None,
+    recipe_of: Callable[[int], str],
+) -> Candidate:
+    """The candidate that these rows hold. names: of the objectives."""
+    state = STATES.get(trial_state, "running")
     done, stopped = state == "done", state == "stopped"
     return Candidate(
-        number=trial.number,
+        number=number,
         state=state,
         label=attrs.get("label"),
         fingerprint=attrs["recipe_id"],
-        params=dict(trial.params) or None,
-        values=tuple(trial.values) if done else None,
+        params=params or None,
+        values=tuple(values) if done else None,
         stderr=tuple(attrs[f"stderr.search.{n}"] for n in names) if done else None,
         arrival=attrs.get("arrival"),
         reason=attrs.get("reason"),
         attrs=attrs,
         estimate=tuple(attrs[f"estimate.search.{n}"] for n in names) if stopped else None,
         estimate_stderr=tuple(attrs[f"estimate_stderr.search.{n}"] for n in names) if stopped else None,
+        owner=owner,
+        recipe_of=recipe_of,
     )
 
 
@@ -228,3 +243,25 @@ def distribution(domain: Sequence[Natural] | tuple[float, float, bool]) -> BaseD
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=bool(log))
     return FloatDistribution(float(low), float(high), log=bool(log))
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested mappings, one line for each key."""
+    return [f"{k}: stored {_short(a)}, now {_short(b)}" for k, (a, b) in _differing(stored, wanted).items()]
+
+
+def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs between two nested mappings, by dotted key: (in the first, in the second)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**stored, **wanted}:
+        a, b = stored.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."

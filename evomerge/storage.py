@@ -1,4 +1,4 @@
-"""The database under a study: connections, durability, errors with a cause, leases, packed arrays.
+"""The database under a study: connections, durability, transactions that are tried again, packed arrays.
 
 With study.py the only file that names Optuna's storage. SQLite runs with a write-ahead log and
 synchronous=FULL: a commit is on the disk when it returns.
@@ -7,18 +7,12 @@ synchronous=FULL: a commit is on the disk when it returns.
 from __future__ import annotations
 
 import base64
-import contextlib
-import json
-import os
-import socket
-import threading
+import random
 import time
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
@@ -26,19 +20,19 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
 
-from evomerge.errors import StorageError, StudyConflict
+from evomerge.errors import StorageError
 from evomerge.storage_url import hide_passwords, mask, normal, sqlite_file, storage_problem
 
 __all__ = [
-    "alive", "connect", "hide_passwords", "is_empty", "mask", "pack", "process_start", "sqlite_file",
-    "storage_errors", "storage_problem", "unpack",
+    "Transactions", "connect", "hide_passwords", "is_empty", "mask", "pack", "sqlite_file", "storage_errors",
+    "storage_problem", "unpack",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 12  # of Optuna's tables: the one that study.py's statements are tested with
-LEASE = "evomerge:lease"
 BUSY_S = 60.0  # how long a statement waits for another's lock
-BEAT_S = 20.0
-LEASE_S = 120.0  # a lease on another host that has not been renewed for so long is dead
+PATIENCE_S = 1800.0  # how long a search waits for a database that does not answer
+PAUSES_S = (0.2, 15.0)  # between two attempts, from the first on, doubled each time
+T = TypeVar("T")
 
 
 def connect(url: str, *, create: bool) -> RDBStorage:
@@ -154,6 +148,84 @@ def storage_errors(url: str) -> Iterator[None]:
         raise StorageError(hide_passwords(f"{mask(url)}: {error}")) from error
 
 
+class Transactions:
+    """Transactions on a study's database; while it does not answer, they are tried again for a bounded time.
+
+    Attributes:
+        patient: try again. For those who hold the study; a person who only looks is told at once.
+        patience_s: for how long.
+        on_note: told once when the database stops answering, and once when it answers again.
+    """
+
+    def __init__(self, storage: RDBStorage) -> None:
+        self.storage = storage
+        self.patient = False
+        self.patience_s = PATIENCE_S
+        self.on_note: Callable[[str], None] = lambda note: None
+
+    @contextmanager
+    def session(self) -> Iterator[Any]:
+        """One transaction, tried once.
+
+        Raises:
+            StorageError: the database failed; nothing was changed, unless the connection broke during the commit.
+        """
+        sessions = self.storage.scoped_session
+        with storage_errors(self.storage.url):
+            try:
+                with sessions() as session, session.begin():
+                    yield session
+            finally:
+                sessions.remove()
+
+    def once(self, work: Callable[[Any], T]) -> T:
+        """What `work` returns for a session with a transaction of its own."""
+        with self.session() as session:
+            return work(session)
+
+    def run(self, work: Callable[[Any], T]) -> T:
+        """`once`, again and again while the database does not answer; `work` may run several times.
+
+        Raises:
+            StorageError: it has not answered for `patience_s`, or the failure is of a kind that waiting does not mend.
+        """
+        started = time.monotonic()
+        pause, longest = PAUSES_S
+        told = False
+        while True:
+            try:
+                result = self.once(work)
+            except StorageError as error:
+                waited = time.monotonic() - started
+                if not self.patient or not _may_pass(error) or waited + pause > self.patience_s:
+                    raise
+                if not told:
+                    told = True
+                    self.on_note(f"{error.message}; trying again for up to {self.patience_s / 60:.3g} minutes")
+                time.sleep(pause * random.uniform(0.5, 1.0))  # controllers do not come back all at once
+                pause = min(2 * pause, longest)
+                continue
+            if told:
+                self.on_note(f"the study's database answers again, after {time.monotonic() - started:.0f} s")
+            return result
+
+
+def _may_pass(error: StorageError) -> bool:
+    """Whether the failure may be over soon: locked, restarted, cut off, full, read-only for a while."""
+    cause = error.__cause__
+    if isinstance(cause, optuna.exceptions.StorageInternalError):
+        cause = cause.__cause__
+    passing = (
+        sqlalchemy.exc.OperationalError,
+        sqlalchemy.exc.InterfaceError,
+        sqlalchemy.exc.InternalError,  # a server that only reads while it is being replaced
+        sqlalchemy.exc.TimeoutError,  # no connection came free
+    )
+    return isinstance(cause, passing) or (
+        isinstance(cause, sqlalchemy.exc.DBAPIError) and bool(cause.connection_invalidated)
+    )
+
+
 def pack(items: np.ndarray) -> str:
     """float64 values, compressed, with their shape in front: exact to the bit."""
     data = np.ascontiguousarray(items, dtype="<f8")
@@ -165,126 +237,3 @@ def unpack(text: str) -> np.ndarray:
     shape, _, body = text.partition(":")
     data = np.frombuffer(zlib.decompress(base64.b64decode(body)), dtype="<f8")
     return data.reshape([int(n) for n in shape.split("x")])
-
-
-def alive(lease: Mapping[str, Any]) -> bool:
-    """Whether the lease's holder may still write."""
-    if lease["host"] != socket.gethostname():
-        return bool(time.time() - lease["beat"] < LEASE_S)
-    if lease["pid"] == os.getpid():
-        return False
-    return lease["started"] is not None and process_start(lease["pid"]) == lease["started"]
-
-
-class Lease:
-    """The right to write a study: one process has it at a time, and a thread of it says that it lives.
-
-    Every write checks the token inside its own transaction, so a process that was stopped for too long
-    and has lost the study cannot write any more.
-
-    Args:
-        session: opens a transaction on the study's database.
-    """
-
-    def __init__(self, session: Callable[[], AbstractContextManager[Any]], study_id: int, name: str) -> None:
-        self._session = session
-        self._study_id = study_id
-        self._name = name
-        self._held: str | None = None  # the text in the database while we hold it
-        self._token: str | None = None
-        self._done = threading.Event()
-        self._heart: threading.Thread | None = None
-
-    def acquire(self) -> None:
-        """Take it.
-
-        Raises:
-            StudyConflict: another living process holds it.
-        """
-        seen = self._read()
-        token = uuid.uuid4().hex
-        mine = new_lease(token)
-        if (seen and alive(json.loads(seen))) or not self.swap(seen, mine):
-            raise StudyConflict(self._holder(self._read()), hint="wait for it, or stop it")
-        self._held, self._token = mine, token
-        self._done.clear()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
-        self._heart.start()
-
-    def release(self) -> None:
-        """Give it back, if this process still holds it."""
-        if self._held is not None and self._heart is not None:
-            self._done.set()
-            self._heart.join()
-            self.swap(self._held, "")
-            self._held = self._token = self._heart = None
-
-    def require(self, session: Any) -> None:
-        """Inside a write: raise StudyConflict if another process has taken over."""
-        if self._token is not None:
-            held = self._row_text(session)
-            if not held or json.loads(held)["token"] != self._token:
-                raise StudyConflict(self._holder(held), hint="this process has lost the study to it")
-
-    def swap(self, seen: str, wanted: str) -> bool:
-        """Replace the lease in one statement if it is still what was seen: of two takers, one wins."""
-        table = tables.StudySystemAttributeModel
-        with self._session() as session:
-            changed = session.execute(
-                sqlalchemy.update(table)
-                .where(table.study_id == self._study_id, table.key == LEASE, table.value_json == json.dumps(seen))
-                .values(value_json=json.dumps(wanted))
-            )
-            return bool(changed.rowcount == 1)
-
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT_S):
-            # A failure here is no news: the next write fails too, with its own message.
-            with contextlib.suppress(StorageError):
-                renewed = new_lease(str(self._token))
-                if self._held is not None and self.swap(self._held, renewed):
-                    self._held = renewed
-
-    def _read(self) -> str:
-        with self._session() as session:
-            return self._row_text(session)
-
-    def _row_text(self, session: Any) -> str:
-        table = tables.StudySystemAttributeModel
-        row = session.query(table).filter_by(study_id=self._study_id, key=LEASE).one()
-        return str(json.loads(row.value_json))
-
-    def _holder(self, held: str) -> str:
-        if not held:
-            return f"the study {self._name!r} was released by another process"
-        lease = json.loads(held)
-        age = time.time() - lease["beat"]
-        return (
-            f"the study {self._name!r} is being searched by process {lease['pid']} on {lease['host']} "
-            f"(seen {age:.0f} s ago)"
-        )
-
-
-def new_lease(token: str) -> str:
-    """This process's claim on a study, as JSON."""
-    mine = {
-        "token": token,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": process_start(os.getpid()),
-        "beat": time.time(),
-    }
-    return json.dumps(mine)
-
-
-def process_start(pid: int) -> str | None:
-    """When the process started, so that a reused number is not mistaken for it; None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return "unknown"
-    return None if fields[0] == "Z" else fields[19]

@@ -7,26 +7,25 @@ stopped early (PRUNED) or failed (FAIL). `_study_rows` says what the rows hold.
 
 from __future__ import annotations
 
-import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import optuna
-import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from evomerge._study_reads import ended_numbers, read_candidates, recipe_text
 from evomerge._study_rows import (
     ITEMS,
     Candidate,
     Header,
     add_rows,
-    candidate_of,
+    differences,
     distribution,
     frame_row,
     item_rows,
@@ -36,12 +35,25 @@ from evomerge._study_rows import (
     score_rows,
     stopped_rows,
 )
+from evomerge._study_writes import (
+    claimed,
+    close_candidate,
+    insert_candidate,
+    insert_study,
+    lock_study,
+    next_number,
+    set_study_attr,
+    study_attrs,
+    utc_now,
+)
 from evomerge.errors import StorageError, StudyConflict
 from evomerge.fidelity import Stopped
+from evomerge.leases import Lease
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
 from evomerge.space import Natural
-from evomerge.storage import LEASE, Lease, connect, is_empty, mask, storage_errors
+from evomerge.spool import Spool, spool_folder
+from evomerge.storage import Transactions, connect, is_empty, mask, sqlite_file, storage_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,12 +61,24 @@ if TYPE_CHECKING:
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 HEADER = "evomerge:header"
+UID = "evomerge:uid"  # tells a study from a later one of the same name
+T = TypeVar("T")
 
-__all__ = ["Candidate", "Header", "Study", "study_names"]
+__all__ = ["Candidate", "Header", "NumberTaken", "Study", "study_names"]
+
+
+class NumberTaken(StudyConflict):
+    """Another controller has proposed a candidate of that number in the meantime: look at it, and ask again."""
 
 
 class Study:
-    """Open or create with `Study.create` and `Study.load`; one controller writes at a time."""
+    """Open or create with `Study.create` and `Study.load`; who writes candidates acquires it first.
+
+    Attributes:
+        header: what makes the study this study.
+        lease: this process's right to write it.
+        transactions: on its database: how long they are tried, and who is told.
+    """
 
     def __init__(self, storage: RDBStorage, name: str) -> None:
         self.name = name
@@ -73,7 +97,12 @@ class Study:
                 f"the study {name!r} was written by another version of evomerge ({error})",
                 hint="open it with that version, or choose another `name:`",
             ) from None
-        self.lease = Lease(self._session, self._id, name)
+        self.transactions = Transactions(storage)
+        one_host = sqlite_file(storage.url) is not None
+        self.lease = Lease(self.transactions, self._id, name, one_host=one_host)
+        self._spool: Spool | None = None
+        self._seen = 0  # candidates below this number are known to have ended, but for ...
+        self._open: list[int] = []  # ... these
 
     @classmethod
     def create(cls, url: str, name: str, header: Header) -> Study:
@@ -84,34 +113,15 @@ class Study:
             StudyConflict: a study of that name exists.
         """
         storage = connect(url, create=True)
-        up, down = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
         system = {
             "study:metric_names": list(header.objectives),  # Optuna's own key, which the dashboard reads
             HEADER: json.dumps(vars(header)),
-            LEASE: "",
+            UID: uuid.uuid4().hex,
         }
         user = {"study_file": header.study_file.get("text", "")}
         user |= {f"version.{key}": value for key, value in header.versions.items()}
         # One transaction: a study of ours always has its header, however its creation was interrupted.
-        with storage_errors(url), storage.scoped_session() as session, session.begin():
-            directions = [
-                tables.StudyDirectionModel(objective=i, direction=up if maximize else down)
-                for i, maximize in enumerate(header.objectives.values())
-            ]
-            row = tables.StudyModel(study_name=name, directions=directions)
-            session.add(row)
-            try:
-                session.flush()
-            except sqlalchemy.exc.IntegrityError as error:
-                # The name is a unique key: asking for it first would leave a moment in which another process makes it.
-                raise StudyConflict(f"the database already holds a study named {name!r}") from error
-            for table, attrs in (
-                (tables.StudyUserAttributeModel, user),
-                (tables.StudySystemAttributeModel, system),
-            ):
-                for key, value in attrs.items():
-                    session.add(table(study_id=row.study_id, key=key, value_json=json.dumps(value)))
-        storage.scoped_session.remove()
+        Transactions(storage).once(lambda s: insert_study(s, name, list(header.objectives.values()), user, system))
         return cls(storage, name)
 
     @classmethod
@@ -145,9 +155,9 @@ class Study:
         """Raise StudyConflict naming every part in which the stored study differs."""
         stored = self.header.identity
         wanted = json.loads(json.dumps(identity))
-        differing = _differing(stored, wanted)
+        differing = differences(stored, wanted)
         if differing:
-            parts = "; ".join(f"{k}: stored {_short(a)}, now {_short(b)}" for k, (a, b) in differing.items())
+            parts = "; ".join(differing)
             raise StudyConflict(
                 f"the study {self.name!r} was started with other settings ({parts})",
                 hint="undo the change to continue it, or choose another `name:`",
@@ -162,41 +172,61 @@ class Study:
         domains: Mapping[str, Sequence[Natural] | tuple[float, float, bool]],
         label: str | None = None,
         source: str | None = None,
+        number: int | None = None,
     ) -> int:
-        """Record a candidate as RUNNING in one transaction and return its number.
+        """Record a candidate as RUNNING, with its controller and a heartbeat, in one transaction; its number.
 
         Args:
-            label: of a known recipe.
-            source: why a candidate is scored in full, whatever its scores are: who recommended it.
             params: gene -> natural value; None for a recipe outside the space.
             domains: gene -> (low, high, log), ints for whole numbers, or the list of its choices.
+            label: of a known recipe.
+            source: why a candidate is scored in full, whatever its scores are: who recommended it.
+            number: the one that it was asked for; None takes the next.
+
+        Raises:
+            NumberTaken: it has another number; nothing is recorded.
         """
-        distributions = {name: distribution(domain) for name, domain in domains.items()}
         attrs: dict[str, Any] = {"recipe": recipe.to_yaml(), "recipe_id": recipe.fingerprint}
         if label is not None:
             attrs["label"] = label
         if source is not None:
             attrs["source"] = source
+        used = domains if params is not None else {}
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(params or {}),
-            distributions=distributions if params is not None else {},
+            distributions={name: distribution(domain) for name, domain in used.items()},
             user_attrs=attrs,
         )
-        with self._session() as session:
-            self.lease.require(session)
-        with storage_errors(self._storage.url):
-            made = self._storage._create_new_trial(self._id, trial)
-        return int(made.number)
+        fence = self.lease.fence
+        token = uuid.uuid4().hex
+        claim = {"owners": [] if fence is None else [fence], "token": token}
+        attempts = 0
+
+        def work(session: Any) -> int:
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1 and (held := claimed(session, self._id, token)) is not None:
+                return held  # committed before the connection broke
+            made = next_number(session, self._id)
+            if number is not None and made != number:
+                raise NumberTaken(f"candidate {number} of the study {self.name!r} has been proposed by another process")
+            insert_candidate(session, self._id, made, trial, claim)
+            return made
+
+        return self._write(work)
 
     def finish(
         self,
         number: int,
         scores: Mapping[str, Mapping[str, Scores]],
-        arrival: int,
+        arrival: int | None,
         attrs: Mapping[str, Any],
     ) -> bool:
         """Record a candidate as done, with all its scores, in one transaction.
+
+        Args:
+            arrival: how many ended before it; None lets the database count.
 
         Returns:
             False if another writer finished it first; nothing is changed then.
@@ -209,7 +239,7 @@ class Study:
         return self._close(number, TrialState.COMPLETE, rows, item_rows(scores), values)
 
     def stop(
-        self, number: int, scores: Mapping[str, Scores], stopped: Stopped, arrival: int, attrs: Mapping[str, Any]
+        self, number: int, scores: Mapping[str, Scores], stopped: Stopped, arrival: int | None, attrs: Mapping[str, Any]
     ) -> bool:
         """Record a candidate as stopped early, with its estimates and the items that were scored.
 
@@ -226,7 +256,7 @@ class Study:
         return self._close(number, TrialState.PRUNED, {"arrival": arrival, **attrs, **user}, system, [])
 
     def fail(
-        self, number: int, reason: str, message: str, arrival: int, attrs: Mapping[str, Any] | None = None
+        self, number: int, reason: str, message: str, arrival: int | None, attrs: Mapping[str, Any] | None = None
     ) -> bool:
         """Record a candidate as failed with its reason; False if it was finished already."""
         rows = {"arrival": arrival, "reason": reason, "message": message[-20_000:], **(attrs or {})}
@@ -236,22 +266,18 @@ class Study:
         """Store a finished candidate's scores on a further split, once; False if they exist."""
         key = f"value.{split}.{next(iter(scores))}"
         rows = score_rows({split: scores})
-        with self._session() as session:
-            trial = self._row(session, number)
-            # Writing first takes the lock, so that of two writers the second sees the first's scores.
-            session.execute(
-                sqlalchemy.update(tables.TrialModel)
-                .where(tables.TrialModel.trial_id == trial.trial_id)
-                .values(number=number)
-            )
+        packed = item_rows({split: scores})
+
+        def work(session: Any) -> bool:
+            trial_id = self._row(session, number).trial_id
             table = tables.TrialUserAttributeModel
-            held = session.query(table).filter_by(trial_id=trial.trial_id, key=key).first()
-            if held is not None:
+            if session.query(table).filter_by(trial_id=trial_id, key=key).first() is not None:
                 return False
-            add_rows(session, table, trial.trial_id, rows)
-            add_rows(session, tables.TrialSystemAttributeModel, trial.trial_id,
-                 item_rows({split: scores}))  # fmt: skip
-        return True
+            add_rows(session, table, trial_id, rows)
+            add_rows(session, tables.TrialSystemAttributeModel, trial_id, packed)
+            return True
+
+        return self._write(work)
 
     def _close(
         self,
@@ -261,45 +287,78 @@ class Study:
         system: Mapping[str, Any],
         values: Sequence[float],
     ) -> bool:
-        table = tables.TrialModel
-        with self._session() as session:
-            # The conditional update takes the write lock first: of two writers, one wins.
-            changed = session.execute(
-                sqlalchemy.update(table)
-                .where(
-                    table.study_id == self._id,
-                    table.number == number,
-                    table.state == TrialState.RUNNING,
-                )
-                .values(state=state)
-            )
-            if changed.rowcount != 1:
-                return False
-            self.lease.require(session)
-            trial = self._row(session, number)
-            trial.datetime_complete = datetime.datetime.now()
-            for index, value in enumerate(values):
-                stored, kind = tables.TrialValueModel.value_to_stored_repr(value)
-                session.add(
-                    tables.TrialValueModel(trial_id=trial.trial_id, objective=index, value=stored, value_type=kind)
-                )
-            add_rows(session, tables.TrialUserAttributeModel, trial.trial_id, user)
-            add_rows(session, tables.TrialSystemAttributeModel, trial.trial_id, system)
-        return True
+        """Spool an outcome, record it, and forget the spooled one."""
+        record = {
+            "number": number,
+            "state": state.name,
+            "ended": utc_now().isoformat(),
+            "values": [float(value) for value in values],
+            "user": dict(user),
+            "system": dict(system),
+        }
+        spooled = None
+        if self._spool is not None:
+            try:
+                spooled = self._spool.put(record)
+            except OSError as error:
+                self.transactions.on_note(f"outcomes are not spooled: {error}")
+        closed = self._record(record)
+        if self._spool is not None and spooled is not None:
+            self._spool.drop(spooled)
+        return closed
+
+    def _record(self, record: Mapping[str, Any]) -> bool:
+        return self._write(lambda session: close_candidate(session, self._id, record))
+
+    def _write(self, work: Callable[[Any], T]) -> T:
+        """A transaction of the study's only writer at this moment, which says too that this process lives."""
+
+        def locked(session: Any) -> T:
+            lock_study(session, self._id)
+            self.lease.renew(session)
+            return work(session)
+
+        return self.transactions.run(locked)
 
     # ---------------------------------------------------------------- reading
 
     def candidates(self) -> list[Candidate]:
         """All candidates in the order of their numbers."""
-        with storage_errors(self._storage.url):
-            trials = self._storage.get_all_trials(self._id, deepcopy=False)
-        return [self._candidate(t) for t in sorted(trials, key=lambda t: t.number)]
+        return self._candidates(None)
 
     def candidate(self, number: int) -> Candidate:
         """One candidate, as it is in the database."""
-        with storage_errors(self._storage.url):
-            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
-            return self._candidate(self._storage.get_trial(trial_id))
+        found = self._candidates([number])
+        if not found:
+            raise StorageError(f"the study {self.name!r} has no candidate {number}")
+        return found[0]
+
+    def running(self) -> list[Candidate]:
+        """The candidates that have not ended; `owner` says whose they are (see `lease.fence`)."""
+        _, running = self.transactions.run(lambda s: ended_numbers(s, self._id, [], 0))
+        return self._candidates(running)
+
+    def ended_since(self, arrival: int) -> list[Candidate]:
+        """Candidates that ended as the `arrival`-th or later, whoever ran them, in the order of their ends.
+
+        Arrivals are given under a lock that is held until the commit: nothing can come in before what was returned.
+        A study remembers which candidates it has seen ended: later calls look at the others alone.
+        """
+        ended, running = self.transactions.run(lambda s: ended_numbers(s, self._id, self._open, self._seen))
+        found = sorted(self._candidates(ended), key=lambda c: c.arrival or 0)
+        fresh = [c for c in found if c.arrival is not None and c.arrival >= arrival]
+        self._seen = max([self._seen, *(n + 1 for n in (*ended, *running))])
+        self._open = running
+        return fresh
+
+    def _candidates(self, numbers: Sequence[int] | None) -> list[Candidate]:
+        names = list(self.header.objectives)
+        return self.transactions.run(
+            lambda session: list(read_candidates(session, self._id, names, self._recipe_text, numbers))
+        )
+
+    def _recipe_text(self, number: int) -> str:
+        return self.transactions.run(lambda session: recipe_text(session, self._id, number))
 
     def scores(self, number: int, split: str) -> dict[str, Scores] | None:
         """A candidate's stored scores with their items, or None if that split was not scored."""
@@ -334,34 +393,50 @@ class Study:
         names = list(self.header.objectives)
         return pd.DataFrame([frame_row(c, names) for c in self.candidates()])
 
-    def _candidate(self, trial: optuna.trial.FrozenTrial) -> Candidate:
-        return candidate_of(trial, list(self.header.objectives))
+    def acquire(self, *, join: bool = False) -> None:
+        """Take the study for this process, with the running candidates of controllers that are dead.
 
-    def acquire(self) -> None:
-        """Take the study for this process alone; see `Lease`.
+        Outcomes that a controller of this folder could not record are recorded now.
+
+        Args:
+            join: beside other controllers, as a further source of work; else for this process alone.
 
         Raises:
-            StudyConflict: another living process holds it.
+            StudyConflict: another living process searches it, and this one does not join.
         """
-        self.lease.acquire()
+        taken = self.lease.acquire(join=join)
+        self._spool = Spool(spool_folder(sqlite_file(self._storage.url), self.name), self._write(self._uid))
+        running = {c.number for c in self.running()}
+        self._spool.replay(set(taken), running, self._record, self.transactions.on_note)
+
+    def adopt(self) -> list[Candidate]:
+        """Take up the running candidates of controllers that have died; call it now and then beside others."""
+        return self._candidates(self.lease.adopt())
 
     def release(self) -> None:
         """Give the study back."""
         self.lease.release()
+        self._spool = None
+
+    def _uid(self, session: Any) -> str:
+        held = study_attrs(session, self._id, UID).get(UID)
+        if held is None:  # a study from before spools
+            held = uuid.uuid4().hex
+            set_study_attr(session, self._id, UID, held)
+        return str(held)
 
     def _both_attrs(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """A candidate's user and system attributes."""
-        with self._session() as session:
+
+        def work(session: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             trial_id = self._row(session, number).trial_id
             user = read_rows(session, tables.TrialUserAttributeModel, trial_id)
             return user, read_rows(session, tables.TrialSystemAttributeModel, trial_id)
 
-    @contextmanager
-    def _session(self) -> Iterator[Any]:
-        sessions = self._storage.scoped_session
-        with storage_errors(self._storage.url), sessions() as session, session.begin():
-            yield session
-        sessions.remove()
+        return self.transactions.run(work)
+
+    def _session(self) -> AbstractContextManager[Any]:
+        return self.transactions.session()
 
     def _row(self, session: Any, number: int) -> Any:
         row = session.query(tables.TrialModel).filter_by(study_id=self._id, number=number).one_or_none()
@@ -373,20 +448,3 @@ class Study:
 def study_names(storage: RDBStorage) -> list[str]:
     """Names of all studies in the database, in order of creation."""
     return [s.study_name for s in storage.get_all_studies()]
-
-
-def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """What differs between two nested mappings, by dotted key: (in the first, in the second)."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in {**stored, **wanted}:
-        a, b = stored.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= _differing(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found[prefix + key] = (a, b)
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else text[:57] + "..."

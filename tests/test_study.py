@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sqlite3
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ from evomerge.errors import StorageError, StudyConflict
 from evomerge.fidelity import Stopped
 from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
-from evomerge.storage import mask, pack, process_start, storage_problem, unpack
+from evomerge.storage import pack, unpack
 from evomerge.study import Header, Study
 
 BOUNDS = {"red.weight": (0.0, 1.2, False), "blue.density": (0.05, 1.0, True)}
@@ -235,63 +232,6 @@ def test_looking_never_changes_anothers_study(url: str, tmp_path: Path) -> None:
     assert optuna.get_all_study_names(url) == ["x"]
 
 
-def _create(url: str, barrier: object, results: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    try:
-        study = Study.create(url, "x", header())
-        study.acquire()
-        results.put("made")  # type: ignore[attr-defined]
-        time.sleep(3)
-    except StudyConflict:
-        results.put("conflict")  # type: ignore[attr-defined]
-    except BaseException as error:
-        results.put(repr(error))  # type: ignore[attr-defined]
-
-
-def _acquire(url: str, barrier: object, results: object) -> None:
-    study = Study.load(url, "x")
-    barrier.wait()  # type: ignore[attr-defined]
-    try:
-        study.acquire()
-        results.put("held")  # type: ignore[attr-defined]
-        time.sleep(3)
-    except StudyConflict:
-        results.put("conflict")  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("target", [_create, _acquire])
-def test_of_controllers_that_start_together_exactly_one_holds_the_study(url: str, target: object) -> None:
-    if target is _acquire:
-        Study.create(url, "x", header())
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=target, args=(url, barrier, results)) for _ in range(4)]  # type: ignore[arg-type]
-    for process in processes:
-        process.start()
-    found = sorted(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
-    assert found == ["conflict"] * 3 + [found[-1]] and found[-1] in ("made", "held"), found
-
-
-def test_a_controller_that_was_stopped_too_long_cannot_write(url: str) -> None:
-    study = Study.create(url, "x", header())
-    study.acquire()
-    study.propose(RECIPE, None, BOUNDS)
-    other = Study.load(url, "x")
-    other.lease._token = "theirs"
-    assert other.lease.swap(
-        str(study.lease._held), json.dumps({**json.loads(str(study.lease._held)), "token": "theirs"})
-    )
-    with pytest.raises(StudyConflict, match="lost the study"):
-        study.finish(0, scores(0.7), 0, {})
-    with pytest.raises(StudyConflict, match="lost the study"):
-        study.propose(RECIPE, None, BOUNDS)
-    assert other.candidate(0).state == "running"
-    study.release()
-    assert other.finish(0, scores(0.7), 0, {}), "a release by the loser takes nothing from the holder"
-
-
 def test_files_that_are_no_study_database(tmp_path: Path) -> None:
     file = tmp_path / "a.db"
     file.write_bytes(b"not a database at all, but long enough to have a header" * 40)
@@ -308,48 +248,6 @@ def test_files_that_are_no_study_database(tmp_path: Path) -> None:
     assert not (tmp_path / "c.db").exists()
 
 
-@pytest.mark.parametrize("url", ["journal.log", "sqlite://", "redis://localhost", "sqlite:///:memory:"])
-def test_storage_that_cannot_keep_a_study_is_refused(url: str) -> None:
-    assert storage_problem(url)
-
-
-def test_passwords_are_masked() -> None:
-    assert "secret" not in mask("postgresql://me:secret@host/db")
-
-
-def _hold(url: str, ready: object) -> None:
-    study = Study.load(url, "x")
-    study.acquire()
-    ready.set()  # type: ignore[attr-defined]
-    time.sleep(60)
-
-
-def test_one_controller_at_a_time_and_a_dead_one_is_no_obstacle(url: str) -> None:
-    study = Study.create(url, "x", header())
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    other = context.Process(target=_hold, args=(url, ready))
-    other.start()
-    assert ready.wait(60)
-    with pytest.raises(StudyConflict, match=f"process {other.pid}"):
-        study.acquire()
-    other.kill()
-    other.join()
-    study.acquire()
-    study.release()
-
-
-def test_a_reused_process_number_is_not_the_old_process(url: str) -> None:
-    study = Study.create(url, "x", header())
-    study.acquire()
-    lease = json.loads(str(study.lease._held))
-    assert lease["started"] == process_start(os.getpid())
-    parent = {**lease, "pid": os.getppid(), "started": "1"}
-    assert study.lease.swap(str(study.lease._held), json.dumps(parent))
-    study.acquire()
-    study.release()
-
-
 def test_the_frame_has_a_row_per_candidate(url: str) -> None:
     study = Study.create(url, "x", header())
     study.propose(RECIPE, {"red.weight": 0.25, "blue.density": 0.5}, BOUNDS)
@@ -359,21 +257,3 @@ def test_the_frame_has_a_row_per_candidate(url: str) -> None:
     assert list(frame["number"]) == [0, 1]
     assert frame.loc[0, "acc"] == 0.7 and frame.loc[0, "red.weight"] == 0.25
     assert frame.loc[1, "state"] == "running" and np.isnan(frame.loc[1, "acc"])
-
-
-@pytest.mark.postgres
-def test_postgres_keeps_a_study_too() -> None:
-    url = os.environ.get("EVOMERGE_TEST_POSTGRES")
-    if not url:
-        pytest.skip("set EVOMERGE_TEST_POSTGRES to a PostgreSQL URL to run this")
-    name = f"test-{os.getpid()}-{time.time_ns()}"
-    study = Study.create(url, name, header())
-    try:
-        study.propose(RECIPE, {"red.weight": 0.1 + 0.2, "blue.density": 0.3}, BOUNDS)
-        assert study.finish(0, scores(0.7), 0, {})
-        assert not Study.load(url, name).finish(0, scores(0.1), 0, {})
-        again = Study.load(url, name).candidate(0)
-        assert again.values == (0.7, 2.3)
-        assert again.params == {"red.weight": 0.1 + 0.2, "blue.density": 0.3}
-    finally:
-        study._storage.delete_study(study._id)
