@@ -123,7 +123,7 @@ def test_a_study_is_searched_killed_continued_and_exported(paths: Path, run: Run
     candidates = parts.candidates()
     assert {c.state for c in candidates} == {"done"} and len({c.fingerprint for c in candidates}) > 3
     assert all(c.params is not None and c.recipe.method == "passthrough" for c in candidates)
-    scaled = [c for c in candidates if "scale" in c.attrs["recipe"]]
+    scaled = [c for c in candidates if "scale" in c.recipe_of(c.number)]
     chosen = max(scaled, key=lambda c: len(c.recipe.slices))
     assert run("export", "runs/tiny", "out", "--candidate", str(chosen.number), "--inline")[0] == 0
     rows = json.loads(run("eval", "out", "study.yaml", "-f", "json")[1])
