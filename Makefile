@@ -9,7 +9,7 @@ MERGEKIT_VENV := .venv-mergekit
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity bench-overhead bench-search clean
+.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity bench-overhead bench-search bench-paths clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,10 @@ bench-overhead: $(STAMP)  ## time and memory of each optimizer's own work per ca
 
 bench-search: $(STAMP)  ## true scores of searches at equal numbers of items, beside other tools' settings: BENCH=--small
 	$(BIN)/python benchmarks/search_efficiency.py --out runs/search-efficiency/results.json $(BENCH)
+
+bench-paths: $(STAMP)  ## layer orders of the demo zoo, searched and random; what shared first layers save (BENCH="--only speed")
+	$(BIN)/python benchmarks/data_flow.py $(BENCH)
+	$(BIN)/python benchmarks/prefix_reuse.py
 
 clean:  ## remove the virtual environments and all studies
 	rm -rf $(VENV) $(MERGEKIT_VENV) $(filter-out runs/README.md,$(wildcard runs/*))

@@ -214,10 +214,12 @@ def random_table(folder: Path, count: int) -> Iterator[str]:
                 mean, half = mean_and_half([items])
                 identities[label] = mean
                 yield f"| identity of {label} | 1 | {mean:.3f} [{mean - half:.3f}, {mean + half:.3f}] | – | – |"
+        study, _ = open_study(prepared, inline=True)  # its header has the sizes of hidden states
+        space = prepared.space_of(study.header)
         rng = np.random.default_rng(1)
         means = []
         for number in range(count):
-            recipe = prepared.space.recipe(prepared.space.decode(rng.random(prepared.space.dim)))
+            recipe = space.recipe(space.decode(rng.random(space.dim)))
             scores = worker.evaluate(Job(number, recipe, ("test",))).scores["test"]
             means.append(float(np.mean([scores[task].value for task in TASKS])))
         half = Z95 * float(np.std(means, ddof=1)) / count**0.5
