@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -49,6 +50,10 @@ BenchmarkTests = Annotated[
 ]
 Storage = Annotated[str | None, typer.Option(help="Database URL, instead of the study's own.")]
 StudyName = Annotated[str | None, typer.Option(help="The study's name in that database.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Use the Ray cluster at HOST:PORT, or `auto` for this machine's; workers: address in the study."),
+]
 Inline = Annotated[bool, typer.Option("--inline", help="Evaluate in this process (debugging).")]
 Prefer = Annotated[str, typer.Option("--prefer", help="Weights of objectives, as in math=0.7,code=0.3.")]
 AtLeast = Annotated[
@@ -98,6 +103,7 @@ def search(
     storage: Storage = None,
     study_name: StudyName = None,
     resume: Annotated[str, typer.Option(help="auto, must (only continue) or never (only start).")] = "auto",
+    ray_address: RayAddress = None,
     inline: Inline = False,
     quiet: Verbose = False,
     allow_task_code: TaskCode = False,
@@ -110,6 +116,8 @@ def search(
         raise typer.BadParameter(f"{resume!r} is not auto, must or never", param_hint="--resume")
     extra = [f"storage={storage}"] if storage else []
     extra += [f"name={study_name}"] if study_name else []
+    if ray_address:
+        extra += [f"workers.address={json.dumps(ray_address)}", "workers.local=null"]
     overrides = (*(override or ()), *extra)
     code = run_search(
         study,

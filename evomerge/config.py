@@ -278,7 +278,7 @@ def _problems(error: ValidationError, document: Document) -> Iterator[Problem]:
         yield Problem(message, where=document.where(location), hint=hint)
 
 
-_BRANCH = re.compile(r"^(str|int|float|Workers|dict\[.*|constrained-.*|function-.*)$")
+_BRANCH = re.compile(r"^(str|int|float|Workers|dict\[.*|constrained-.*|function-.*|literal\[.*)$")
 
 
 def _close_keys(location: tuple[Any, ...]) -> str:

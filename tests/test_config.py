@@ -89,6 +89,9 @@ def test_missing_keys_are_named(key: str) -> None:
         ("space=nowhere", "no search space 'nowhere'"),
         ("space=3", "space"),
         ("optimizer={sigma0: 0.1}", "unknown optimizer None"),
+        ("workers={local: 3, address: auto}", "`local:` and `address:`, which is for Ray"),
+        ("workers={per_gpu: 0.7}", "`per_gpu: 0.7` is neither"),
+        ("workers={ray: many}", "workers.ray"),
         ("storage=redis://localhost/1", "not supported"),
     ],
 )
@@ -237,6 +240,23 @@ def test_a_genome_file_has_places_too(work: Path) -> None:
     config = parse_study(GENOME, "g.yml")
     assert config.where("experts", "red") == "g.yml: experts.red"
     assert config.where_in_space("genes.weight") == "g.yml:1: genes.weight"
+
+
+def test_workers_on_a_cluster_are_as_many_as_it_has_room_for_unless_a_number_is_given() -> None:
+    def workers(*overrides: str) -> Workers:
+        return parse_study(GOOD, "s", overrides).workers
+
+    # What `--ray-address` adds to a study with local workers.
+    moved = workers("workers={local: 3, threads: 2}", 'workers.address="10.0.0.1:6379"', "workers.local=null")
+    assert (moved.local, moved.ray, moved.address, moved.threads) == (None, "auto", "10.0.0.1:6379", 2)
+    assert moved.count == 1 and moved.pool_options()["ray"] == "auto" and moved.pool_options(3)["ray"] == 3
+    shared = workers("workers={per_gpu: 2}")
+    assert shared.ray == "auto" and shared.address is None and shared.pool_options()["per_gpu"] == 2.0
+    given = workers("workers={ray: 4, address: auto, per_gpu: 0.5, patience_s: 60}")
+    assert given.count == 4 and given.pool_options(9)["ray"] == 4 and given.pool_options()["patience_s"] == 60.0
+    assert workers("workers=5").pool_options(2) == {
+        "local": 2, "ray": None, "address": None, "per_gpu": 1.0, "patience_s": 600.0
+    }  # fmt: skip
 
 
 def test_workers_without_a_number_are_one_local_process() -> None:
