@@ -93,7 +93,7 @@ def study_file(
         "objectives": [f"zoo_{task}" for task in TASKS],
         "budget": {"evaluations": evaluations},
         "storage": f"sqlite:///{folder / name}/study.db",
-        "workers": 1,
+        "workers": {"local": 1, "threads": 1},
         "seed": seed,
         **more,
     }
