@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import optuna  # noqa: E402
 
 from benchmarks.search_overhead import facts  # noqa: E402
 from evomerge.events import Budget  # noqa: E402
@@ -145,11 +146,15 @@ def simulate(workers: int, optimizer: str, args: argparse.Namespace, folder: str
     search = Search(study, space, made, lambda: pool, Budget(evaluations))
     profile = cProfile.Profile() if args.profile else None
     begun, cpu = time.perf_counter(), time.process_time()
-    if profile:
-        profile.runcall(search.run)
-    else:
-        search.run()
-    real_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu
+    try:
+        if profile:
+            profile.runcall(search.run)
+        else:
+            search.run()
+        real_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu
+    finally:
+        if args.storage:  # a server is left as it was found
+            optuna.delete_study(study_name=study.name, storage=args.storage)
     if profile:
         pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
     span_s = float(np.nanmax(pool.last) - np.nanmin(pool.first))

@@ -130,7 +130,7 @@ class Outcome:
 class Failed:
     """A job without scores: the reason in one word and a message for people.
 
-    Reasons: weights, logits, scores (not finite), oom, timeout, crash, error.
+    Reasons: weights, logits, scores (not finite), oom, timeout, poison, error.
     """
 
     number: int
