@@ -9,13 +9,20 @@ on the seen ones, exactly for 0/1 items. A candidate that meets all limits is st
 `RISK`, divided evenly over parts and limits (Bonferroni). Limits on objectives with items count only when some
 candidate meets all limits: until then those that miss them by least are the best that there is, and are scored in full.
 
-**hopeless** (studies with an objective that is scored whole): such studies have candidates that nothing beats, since
-nothing else is as shallow, and that answer no better than by chance. A candidate stops if in *every* objective with
-items it has with confidence lost more than half of the best: its score over all N items keeps less than the share
-`keep` of what any candidate scored in full has, both counted from the worst possible value (`least_of`). Being below
-in every objective is an intersection-union test (Berger 1982), so the level is `RISK` over parts. A candidate that
-keeps half in one objective is a trade-off, whatever it lost elsewhere. Where guessing alone gives more than half of
-the best the rule says nothing; a constraint does (`math >= 0.8 * base`).
+**hopeless** (studies with an objective that is scored whole, or with `keep:`): such studies have candidates that
+nothing beats, since nothing else is as shallow, and that answer no better than by chance. A candidate stops if in
+*every* objective with items it has with confidence lost most of the best: its score over all N items keeps less than
+the share `keep` of what any candidate scored in full has. Both are counted from what guessing gives, where the
+objective says what that is and the best one surely knows more (by `SURE` standard errors), and otherwise from the worst
+value (`least_of`). Being below in every objective is an intersection-union test (Berger 1982), so the level is `RISK`
+over parts. A candidate that keeps the share in one objective is a trade-off, whatever it lost elsewhere.
+
+With three objectives or more, keeping less than half of each may be a trade-off too: an even mixture of m specialists
+keeps 1 / m of each. So the share is half only if a candidate that is scored in full keeps half of all objectives, and
+otherwise as much as one keeps of all, but at least 1 / m. In the first case a hopeless candidate is worse than that one
+in every objective with items. In the second it is the best for no weighted sum of the kept shares: for weights that sum
+to 1 it has less than 1 / m, and the best one in the objective of the largest weight has at least that (unless it is
+worse than guessing in others).
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ from evomerge.finite_split import p_reaches
 Array = NDArray[np.float64]
 
 KEEP = 0.5  # of the best, what a candidate has to keep in at least one objective
+SURE = 3.0  # standard errors by which the best must exceed guessing before its lead over guessing is what counts
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,16 @@ class Terms:
     Attributes:
         whole: objective -> "exact" or "measured", for those that are scored whole, in the first part.
         keep: share of the best that counts as hope; 0 for no such rule.
+        even: share that counts as hope whatever `keep` says, where nobody is known to keep more of all objectives.
         ends: objective -> smallest and largest possible value, for those with items.
+        chance: objective -> what guessing gives, for those with items that say so. Studies from before have none.
     """
 
     whole: Mapping[str, str] = field(default_factory=dict)
     keep: float = 0.0
     ends: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    chance: Mapping[str, float] = field(default_factory=dict)
+    even: float = 1.0
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Terms:
@@ -133,20 +145,40 @@ def least_of(best: float, ends: Sequence[float | None], maximize: bool, keep: fl
     return ideal + (best - ideal) / keep
 
 
-def hopes_of(values: Array, names: Sequence[str], maximize: Sequence[bool], terms: Terms) -> tuple[float | None, ...]:
-    """The least of hope per objective, from the values (n, m) of all candidates scored in full, in their own units.
+def kept_of(values: Array, best: float, ends: Sequence[float | None], maximize: bool) -> Array:
+    """The shares of the best score that values `(n,)` keep; the inverse of `least_of`, which must not give None."""
+    low, high = ends
+    worst, ideal = (low, high) if maximize else (high, low)
+    if worst is not None:
+        return (values - worst) / (best - worst) if best != worst else np.ones_like(values)
+    assert ideal is not None
+    return np.asarray((best - ideal) / (values - ideal))
 
-    Empty where there is no such rule: no objective is scored whole, it is off, or an objective's ends are not known.
+
+def hopes_of(
+    values: Array, stderr: Array, names: Sequence[str], maximize: Sequence[bool], terms: Terms
+) -> tuple[float | None, ...]:
+    """The least of hope per objective, from all candidates scored in full, in the objectives' own units.
+
+    Empty where there is no such rule: it is off, or an objective's ends are not known.
+
+    Args:
+        values, stderr: (n, m).
     """
-    if not terms.whole or not terms.keep:
+    if not terms.keep:
         return ()
-    found: list[float | None] = []
+    found: dict[int, tuple[float, tuple[float | None, float | None]]] = {}
     for j, (name, up) in enumerate(zip(names, maximize, strict=True)):
         if name in terms.whole:
-            found.append(None)
             continue
-        least = least_of(float(np.max(values[:, j]) if up else np.min(values[:, j])), terms.ends[name], up, terms.keep)
-        if least is None:
+        i = int(np.argmax(values[:, j]) if up else np.argmin(values[:, j]))
+        best, chance = float(values[i, j]), terms.chance.get(name)
+        low, high = terms.ends[name]
+        if chance is not None and (best - chance if up else chance - best) > SURE * stderr[i, j]:
+            low, high = (chance, high) if up else (low, chance)
+        if least_of(best, (low, high), up, terms.keep) is None:
             return ()
-        found.append(least)
-    return tuple(found)
+        found[j] = best, (low, high)
+    kept = [kept_of(values[:, j], best, ends, maximize[j]) for j, (best, ends) in found.items()]
+    keep = min(terms.keep, max(terms.even, float(np.min(kept, axis=0).max()))) if kept else terms.keep
+    return tuple(least_of(*found[j], maximize[j], keep) if j in found else None for j in range(len(names)))

@@ -42,7 +42,7 @@ class Rivals:
 
         Args:
             values: in the objectives' own directions.
-            stderr: of the values; needed where an objective is scored whole.
+            stderr: of the values; needed where an objective is scored whole or says what guessing gives.
         """
         self._values[number] = tuple(values)
         self._stderr[number] = tuple(stderr or ())
@@ -76,7 +76,8 @@ class Rivals:
         """What the next candidate must reach, and the candidates that meet the floors; all of them if none does."""
         ups = list(self._objectives.values())
         every = np.array(list(self._values.values()))
-        hopes = hopes_of(every, list(self._objectives), ups, self._terms)
+        errors = np.array([self._stderr[n] or (0.0,) * len(ups) for n in self._values])
+        hopes = hopes_of(every, errors, list(self._objectives), ups, self._terms)
         if floors is None or not np.isfinite(floors).any():
             return Limits(hopes=hopes, settled=True), self._values
         signs = np.where(ups, 1.0, -1.0)

@@ -11,7 +11,7 @@ from typing import Any
 from evomerge.config import StudyConfig
 from evomerge.fidelity import FEWEST_CANDIDATES, RUNGS, WORTH_EPOCHS, WORTH_ITEMS, Epochs, additive, share_text
 from evomerge.limits import KEEP
-from evomerge.objectives import Objective, whole_kind
+from evomerge.objectives import Objective, chance_of, whole_kind
 
 
 def choose_rungs(config: StudyConfig, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], str]:
@@ -49,22 +49,38 @@ def epochs_text(epochs: Mapping[str, Any]) -> str:
 
 
 def choose_terms(config: StudyConfig, objectives: Sequence[Objective]) -> dict[str, Any]:
-    """How objectives that are scored whole take part in races, as the arguments of `limits.Terms`; empty for none."""
+    """What races know beside directions, as the arguments of `limits.Terms`; empty where nothing is special.
+
+    Objectives that are scored whole take part in their own way, and beside them some candidates are hopeless. Without
+    them nearly all of these are beaten anyhow, and the rule is there only if the file has `keep:`.
+    """
     whole = {o.name: kind for o in objectives if (kind := whole_kind(o))}
-    if not whole:
+    asked = config.fidelity.keep
+    if not whole and not asked:
         return {}
-    keep = KEEP if config.fidelity.keep is None else config.fidelity.keep
-    return {"whole": whole, "keep": keep, "ends": {o.name: list(o.bounds) for o in objectives if o.name not in whole}}
+    raced = [o for o in objectives if o.name not in whole]
+    terms: dict[str, Any] = {"whole": whole, "keep": KEEP if asked is None else asked}
+    terms["ends"] = {o.name: list(o.bounds) for o in raced}
+    if not terms["keep"]:
+        return terms
+    if asked is None and len(raced) > 2:
+        terms["even"] = 1.0 / len(raced)
+    chance = {o.name: found for o in raced if (found := chance_of(o)) is not None}
+    return terms | ({"chance": chance} if chance else {})
 
 
 def terms_text(config: StudyConfig, objectives: Sequence[Objective], *, raced: bool) -> dict[str, str]:
-    """A row of `evomerge check` on what `choose_terms` chose, if candidates are raced and it chose anything."""
+    """Rows of `evomerge check` on what `choose_terms` chose, if candidates are raced and it chose anything."""
     terms = choose_terms(config, objectives) if raced else {}
-    if not terms:
-        return {}
-    said = ", ".join(f"{name} ({kind})" for name, kind in terms["whole"].items())
-    hope = f"; a candidate that keeps less than {share_text(terms['keep'])} of the best everywhere is hopeless"
-    return {"scored whole": said + (hope if terms["keep"] else "")}
+    rows = {}
+    if terms.get("whole"):
+        rows["scored whole"] = ", ".join(f"{name} ({kind})" for name, kind in terms["whole"].items())
+    if terms.get("keep"):
+        least = f" (or {share_text(terms['even'])}, while nobody keeps more of all)" if "even" in terms else ""
+        guessed = ", ".join(f"{name} {value:.3g}" for name, value in terms.get("chance", {}).items())
+        counted = f", counted from what guessing gives: {guessed}" if guessed else ""
+        rows["hopeless"] = f"who keeps less than {share_text(terms['keep'])} of the best everywhere{least}{counted}"
+    return rows
 
 
 def _incomparable(objectives: Sequence[Objective]) -> str:

@@ -252,6 +252,9 @@ def check_objective(objective: Objective, live: LiveModel, again: Objective) -> 
     _hold(objective.splits[:1] == ("search",), f"{name}: the first split is not search: {objective.splits}")
     _hold(objective.fingerprint() == again.fingerprint(), f"{name}: the fingerprint differs between two objects")
     low, high = objective.bounds
+    chance: float | None = getattr(objective, "chance", None)
+    inside = chance is None or (-np.inf if low is None else low) <= chance <= (np.inf if high is None else high)
+    _hold(inside, f"{name}: guessing gives {chance}, outside of its bounds {low} and {high}")
     for split in objective.splits:
         before = [p.detach().clone() for p in live.model.parameters()]
         scores = objective.score(live, split)

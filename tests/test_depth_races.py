@@ -14,6 +14,7 @@ import pytest
 from evomerge.commands import status_of
 from evomerge.config import parse_study
 from evomerge.fidelity import RUNGS, count_at
+from evomerge.limits import Terms
 from evomerge.objectives import ObjectiveSpec, make_objective, whole_kind
 from evomerge.picking import could_be_on_front
 from evomerge.prepare import open_study, prepare
@@ -162,16 +163,53 @@ def prepared_with(*overrides: str, text: str = STUDY) -> Any:
 def test_check_says_what_is_scored_whole(deep: Path) -> None:
     shown = prepared_with().summary
     assert shown["rungs"] == "1/8, 1/4, 1/2, 1"
-    hope = "; a candidate that keeps less than 1/2 of the best everywhere is hopeless"
-    assert shown["scored whole"] == f"depth (exact){hope}"
+    hope = "who keeps less than 1/2 of the best everywhere"
+    assert shown["scored whole"] == "depth (exact)" and shown["hopeless"] == hope
     off = prepared_with("fidelity={keep: off}")
-    assert off.summary["scored whole"] == "depth (exact)" and off.header.identity["keep"] == 0.0
+    assert off.summary["scored whole"] == "depth (exact)" and "hopeless" not in off.summary
+    assert off.header.identity["keep"] == 0.0
     none = prepared_with("fidelity=off")
     assert "scored whole" not in none.summary and none.header.terms == {}
     timed = prepared_with(text=STUDY.replace("kind: size, count: layers", "kind: latency"))
-    assert timed.summary["scored whole"] == f"depth (measured){hope}" and timed.header.rungs == list(RUNGS)
+    assert timed.summary["scored whole"] == "depth (measured)" and timed.summary["hopeless"] == hope
+    assert timed.header.rungs == list(RUNGS)
     alone = "\n".join(line for line in STUDY.splitlines() if "perplexity" not in line)
     assert prepared_with(text=alone).summary["rungs"] == "off: no objective has items that could be scored in parts"
+
+
+ZOO = """\
+name: zoo
+base: {root}/zoo/models/base
+experts: {math: "{root}/zoo/models/math", latin: "{root}/zoo/models/latin"}
+space: {path: choices, scales: off}
+objectives:
+  - {root}/objectives/zoo_math.yaml
+  - {root}/objectives/zoo_latin.yaml
+  - {root}/objectives/zoo_cipher.yaml
+  - {name: depth, kind: size, count: layers}
+budget: {evaluations: 30}
+"""
+
+
+def test_what_guessing_gives_is_in_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zoo_math and zoo_cipher have four choices; zoo_latin is a log-likelihood, where guessing gives nothing."""
+    monkeypatch.chdir(tmp_path)
+    text = ZOO.replace("{root}", str(ROOT))
+    prepared = prepared_with(text=text)
+    terms = json.loads(json.dumps(prepared.header.terms))
+    assert terms["chance"] == {"math": 0.25, "cipher": 0.25} and terms["even"] == pytest.approx(1 / 3)
+    assert terms["keep"] == 0.5 and terms["ends"] == {name: [0.0, 1.0] for name in ("math", "latin", "cipher")}
+    assert Terms.of(terms).chance == terms["chance"]
+    assert prepared.summary["hopeless"] == (
+        "who keeps less than 1/2 of the best everywhere (or 1/3, while nobody keeps more of all), "
+        "counted from what guessing gives: math 0.25, cipher 0.25"
+    )
+    asked = prepared_with("fidelity={keep: 0.4}", text=text).header.terms
+    assert asked["keep"] == 0.4 and "even" not in asked, "a share that the file names is the share"
+    assert "chance" not in prepared_with("fidelity={keep: off}", text=text).header.terms
+    alone = text.replace("  - {name: depth, kind: size, count: layers}\n", "")
+    assert prepared_with(text=alone).header.terms == {}, "the rule is off"
+    assert prepared_with("fidelity={keep: 0.4}", text=alone).header.terms["whole"] == {}
 
 
 def test_a_study_from_before_keeps_its_choice(deep: Path) -> None:

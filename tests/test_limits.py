@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +13,7 @@ from scipy import stats
 
 from evomerge.fidelity import RUNGS, count_at
 from evomerge.finite_split import p_reaches
-from evomerge.limits import KEEP, Limits, Terms, Whole, hopes_of, least_of
+from evomerge.limits import KEEP, SURE, Limits, Terms, Whole, hopes_of, kept_of, least_of
 from evomerge.racing import FEWEST, RISK
 
 N = 240
@@ -116,22 +119,88 @@ def test_hope_is_counted_from_the_worst_possible_score() -> None:
     assert least_of(1.5, (None, None), True, 0.5) is None and least_of(0.0, (0.0, None), False, 0.5) is None
 
 
-def test_there_is_a_rule_only_beside_an_objective_that_is_scored_whole_and_with_known_ends() -> None:
-    names, ups = ("math", "depth"), (True, False)
-    values = np.array([[0.2, 12.0], [0.8, 10.0]])
-    terms = Terms({"depth": "exact"}, 0.5, {"math": (0.0, 1.0)})
-    assert hopes_of(values, names, ups, terms) == (0.4, None)
-    assert (
-        hopes_of(values, names, ups, Terms())
-        == ()
-        == hopes_of(values, names, ups, Terms({}, 0.5, {"math": (0.0, 1.0)}))
-    )
-    assert hopes_of(values, names, ups, Terms({"depth": "exact"}, 0.0, {"math": (0.0, 1.0)})) == ()
-    assert hopes_of(values, names, ups, Terms({"depth": "exact"}, 0.5, {"math": (None, None)})) == ()
+@given(
+    st.floats(0.05, 0.95), st.sampled_from([(0.0, 1.0), (0.25, 1.0), (None, 1.0), (0.0, None)]), st.booleans(),
+    st.floats(0.05, 0.95),
+)  # fmt: skip
+def test_the_least_of_hope_keeps_just_the_share(
+    best: float, ends: tuple[float | None, float | None], up: bool, keep: float
+) -> None:
+    least = least_of(best, ends, up, keep)
+    if least is not None and best != ends[0 if up else 1]:
+        assert kept_of(np.array([least, best]), best, ends, up) == pytest.approx([keep, 1.0])
+
+
+def hopes(values: list[list[float]], terms: Terms, stderr: float = 0.0) -> tuple[float | None, ...]:
+    """Of objectives a, b, .. that are better larger, and a depth as the last one."""
+    names = [*"abcde"[: len(values[0]) - 1], "depth"]
+    ups = [True] * (len(names) - 1) + [False]
+    return hopes_of(np.array(values), np.full((len(values), len(names)), stderr), names, ups, terms)
+
+
+def test_there_is_a_rule_only_if_it_is_on_and_ends_are_known() -> None:
+    values = [[0.2, 12.0], [0.8, 10.0]]
+    ends = {"a": (0.0, 1.0)}
+    whole = {"depth": "exact"}
+    assert hopes(values, Terms(whole, 0.5, ends)) == (0.4, None)
+    assert hopes(values, Terms()) == () == hopes(values, Terms(whole, 0.0, ends))
+    assert hopes(values, Terms(whole, 0.5, {"a": (None, None)})) == ()
+    assert hopes_of(np.array([[0.2], [0.8]]), np.zeros((2, 1)), ["a"], [True], Terms({}, 0.5, ends)) == (0.4,)
     assert not Limits().hopeless({0: np.zeros(60)}, {0: N}, (True,), RISK)
     assert Limits((), (0.4,)).hopeless({0: np.zeros(60)}, {0: N}, (True,), RISK)
     half = Limits((), (0.4, 0.4))
     assert not half.hopeless({0: np.zeros(60)}, {0: N, 1: N}, (True, True), RISK), "nothing is known of the second"
+
+
+def test_hope_is_counted_from_guessing_once_somebody_surely_knows_more() -> None:
+    """Four choices: of 0.7, half is 0.475; a study from before counts from 0."""
+    stored: dict[str, Any] = {"whole": {"depth": "exact"}, "keep": 0.5, "ends": {"a": (0.0, 1.0)}}
+    before = Terms.of(json.loads(json.dumps(stored)))
+    now = Terms.of(json.loads(json.dumps(stored | {"chance": {"a": 0.25}})))
+    values = [[0.3, 12.0], [0.7, 10.0]]
+    assert hopes(values, before) == (0.35, None)
+    assert hopes(values, now) == (pytest.approx(0.475), None)
+    surely = 0.45 / SURE
+    assert hopes(values, now, 0.99 * surely) == (pytest.approx(0.475), None)
+    assert hopes(values, now, 1.01 * surely) == (0.35, None), "the best may have guessed: from the worst, as before"
+    assert hopes([[0.2, 1.0]], now) == (0.1, None), "nobody is better than guessing"
+    wrong = Terms({}, 0.5, {"a": (0.0, 1.0)}, {"a": 0.75})
+    assert hopes_of(np.array([[0.3]]), np.zeros((1, 1)), ["a"], [False], wrong) == (pytest.approx(0.525),), "error rate"
+    losses = [answers(np.random.default_rng(i), 0.05) for i in range(2)]
+    limits = Limits((), hopes([[0.7, 0.6, 9.0]], Terms({"depth": "exact"}, 0.5, dict.fromkeys("ab", (0.0, 1.0)),
+                                                      dict.fromkeys("ab", 0.25))))  # fmt: skip
+    assert stopped_by(limits, losses, (True, True, False), "hopeless") == 0.125, "worse than guessing: nothing is kept"
+
+
+def test_of_three_skills_a_third_of_each_is_hope_until_somebody_keeps_more_of_all() -> None:
+    ends = dict.fromkeys("abc", (0.0, 1.0))
+    terms = Terms({"depth": "exact"}, 0.5, ends, dict.fromkeys("abc", 0.25), 1 / 3)
+    specialists = [[0.85, 0.25, 0.25, 9.0], [0.25, 0.85, 0.25, 9.0], [0.25, 0.25, 0.85, 9.0]]
+    third, most, half = 0.25 + 0.6 / 3, 0.25 + 0.6 * 0.4, 0.25 + 0.6 / 2
+    assert hopes(specialists, terms)[:3] == pytest.approx((third,) * 3)
+    assert hopes([*specialists, [0.49, 0.49, 0.49, 9.0]], terms)[:3] == pytest.approx((most,) * 3)
+    assert hopes([*specialists, [0.70, 0.70, 0.56, 9.0]], terms)[:3] == pytest.approx((half,) * 3)
+    told = Terms(terms.whole, 0.5, ends, terms.chance)
+    assert hopes(specialists, told)[:3] == pytest.approx((half,) * 3), "as the file says, and as studies from before"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 12))
+def test_who_has_no_hope_is_the_best_for_no_weighted_sum(seed: int, m: int, n: int) -> None:
+    """A thousand weightings, and a candidate that is just below all hopes; nobody is worse than guessing."""
+    rng = np.random.default_rng(seed)
+    values = np.c_[rng.uniform(0.25, 0.9, (n, m)), np.full(n, 9.0)]
+    names = "abcde"[:m]
+    even = {"even": 1.0 / m} if m > 2 else {}
+    found = hopes(
+        values.tolist(), Terms({"depth": "exact"}, KEEP, dict.fromkeys(names, (0.0, 1.0)),
+                               dict.fromkeys(names, 0.25), **even)
+    )  # fmt: skip
+    limits = np.array([f for f in found if f is not None])
+    spans = values[:, :m].max(axis=0) - 0.25
+    mine, theirs = (limits - 1e-9 - 0.25) / spans, (values[:, :m] - 0.25) / spans
+    weights = rng.dirichlet(np.full(m, 0.5), 1000)
+    assert ((theirs @ weights.T).max(axis=0) >= mine @ weights.T - 1e-9).all()
 
 
 def test_who_keeps_half_of_the_best_in_one_objective_stops_in_at_most_the_stated_share() -> None:
@@ -144,20 +213,21 @@ def test_who_keeps_half_of_the_best_in_one_objective_stops_in_at_most_the_stated
 
 
 @pytest.mark.parametrize(
-    ("n", "chance", "best", "first", "ever"),
-    [(128, 0.0, 0.6, 1.0, 1.0), (128, 0.1, 0.7, 0.03, 1.0), (240, 0.1, 0.7, 0.39, 1.0), (500, 0.1, 0.7, 0.98, 1.0),
-     (500, 0.25, 0.7, 0.02, 0.96), (500, 0.25, 0.5, 0.0, 0.0)],
+    ("n", "m", "best", "counted", "first", "second", "third"),
+    [(128, 2, 0.7, 0.25, 0.04, 0.42, 0.99), (300, 1, 0.7, 0.25, 0.50, 0.98, 1.0), (300, 2, 0.7, 0.25, 0.30, 0.96, 1.0),
+     (300, 4, 0.7, 0.25, 0.06, 0.93, 1.0), (300, 2, 0.5, 0.25, 0.01, 0.27, 0.93), (500, 2, 0.5, 0.25, 0.08, 0.49, 1.0),
+     (300, 2, 0.7, 0.0, 0.0, 0.08, 0.61), (500, 2, 0.5, 0.0, 0.0, 0.0, 0.0)],
 )  # fmt: skip
-def test_power_on_candidates_at_chance(n: int, chance: float, best: float, first: float, ever: float) -> None:
-    """Shares stopped at 1/8 and at all; the last row says where the rule is silent: chance is half of the best."""
+def test_power_on_candidates_at_chance(
+    n: int, m: int, best: float, counted: float, first: float, second: float, third: float
+) -> None:
+    """Four choices: shares stopped by 1/8, 1/4 and 1/2; counted from 0, the rule is silent where chance is half."""
     rng = np.random.default_rng(6)
-    limits = Limits((), (KEEP * best, KEEP * best))
-    ups = (True, True)
+    limits = Limits((), (counted + KEEP * (best - counted),) * m)
     trials = 200
-    found = [
-        stopped_by(limits, [answers(rng, chance, n), answers(rng, chance, n)], ups, "hopeless") for _ in range(trials)
-    ]
-    assert np.mean([f == 0.125 for f in found]) >= first - 0.05
-    assert np.mean([f is not None for f in found]) >= ever - 0.05
-    if ever == 0.0:
+    found = [stopped_by(limits, [answers(rng, 0.25, n) for _ in range(m)], (True,) * m, "hopeless")
+             for _ in range(trials)]  # fmt: skip
+    for share, expected in zip(RUNGS, (first, second, third), strict=False):
+        assert abs(np.mean([f is not None and f <= share for f in found]) - expected) <= 0.1
+    if third == 0.0:
         assert not any(found)

@@ -72,6 +72,7 @@ class Objective(Protocol):
         splits: those that exist, search first.
         partial: whether a part of the items has a score of its own, so that a candidate can be scored in rungs.
         exact, measured: may be set to True where `partial` is False; see `whole_kind`.
+        chance: may be set to the value that guessing gives on the search split; see `chance_of`.
     """
 
     name: str
@@ -144,6 +145,15 @@ def whole_kind(objective: Objective) -> str:
     """
     kinds = [kind for kind in ("exact", "measured") if getattr(objective, kind, False)]
     return kinds[0] if kinds and not objective.partial else ""
+
+
+def chance_of(objective: Objective) -> float | None:
+    """What a model that knows nothing scores on the search split by guessing; None where that is the worst value.
+
+    A broken model of four choices has a quarter right. Races count from there how much of the best score is left.
+    """
+    found: float | None = getattr(objective, "chance", None)
+    return found
 
 
 def resolve_path(spec: ObjectiveSpec, path: str) -> Path:

@@ -21,6 +21,21 @@ SIZES: dict[str, Callable[[str], float]] = {
     "acc_norm": lambda choice: float(len(choice)),
     "acc_bytes": lambda choice: float(len(choice.encode("utf-8"))),
 }
+ACCURACIES = (*SIZES, "acc_mutual_info")
+
+
+def guessing(task: Any, docs: Sequence[Any], metric: str) -> float | None:
+    """The expected share of right answers of a model that picks any choice; None where choices are not what counts.
+
+    For accuracies of multiple-choice tasks with one right choice, without results or filters of the task's own.
+
+    Args:
+        docs: what is scored.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or metric not in ACCURACIES or task.multiple_target or not _is_plain(task):
+        return None
+    counts = [len(task.doc_to_choice(doc)) for doc in docs]
+    return float(np.mean([1.0 / count for count in counts])) if counts and all(counts) else None
 
 
 def vector_metric(

@@ -36,7 +36,7 @@ from evomerge.objectives._items import split_of
 from evomerge.objectives._options import LmEvalOptions, read_options
 from evomerge.objectives._public import benchmark_problems
 from evomerge.objectives._task_files import installed_config, load_local_task
-from evomerge.objectives._vector_metrics import vector_metric
+from evomerge.objectives._vector_metrics import guessing, vector_metric
 from evomerge.scoring import Likelihoods, backing_off
 
 if TYPE_CHECKING:
@@ -86,6 +86,12 @@ class LmEvalObjective:
     def bounds(self) -> tuple[float | None, float | None]:
         """0 and 1 for shares of right answers; unknown otherwise."""
         return (0.0, 1.0) if self.metric in UNIT_METRICS else (None, None)
+
+    @cached_property
+    def chance(self) -> float | None:
+        """Mean over the search items of 1 / number of choices, for the accuracy of multiple-choice tasks."""
+        task = self._task("search")
+        return guessing(task, [task.eval_docs[i] for i in self._ids("search", task)], self.metric)
 
     @property
     def splits(self) -> tuple[str, ...]:
