@@ -158,7 +158,13 @@ class RayPool:
             time.sleep(TICK_S)
 
     def _living(self) -> dict[str, Any]:
-        return {n["NodeID"]: n for n in self._ray.nodes() if n["Alive"]}
+        try:
+            return {n["NodeID"]: n for n in self._ray.nodes() if n["Alive"]}
+        except self._ray.exceptions.RayError as error:
+            raise EnvironmentProblem(
+                f"the head of the Ray cluster does not answer: {_last_line(error)}",
+                hint="what was recorded is safe: the same command continues once the cluster is up again",
+            ) from error
 
     def _settled(self, spec: WorkerSpec, per_gpu: float) -> WorkerSpec:
         """The spec for an actor, which sees its own GPUs alone and shares its node with the node's other workers."""
