@@ -119,6 +119,7 @@ def test_hope_is_counted_from_the_worst_possible_score() -> None:
     assert least_of(1.5, (None, None), True, 0.5) is None and least_of(0.0, (0.0, None), False, 0.5) is None
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.floats(0.05, 0.95), st.sampled_from([(0.0, 1.0), (0.25, 1.0), (None, 1.0), (0.0, None)]), st.booleans(),
     st.floats(0.05, 0.95),
