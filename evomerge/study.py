@@ -19,7 +19,8 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models as tables
 from optuna.trial import TrialState
 
-from evomerge._study_reads import ended_numbers, read_candidates, recipe_text
+from evomerge import _study_writes as writes
+from evomerge._study_reads import count_states, ended_numbers, read_candidates, recipe_text
 from evomerge._study_rows import (
     ITEMS,
     Candidate,
@@ -34,17 +35,6 @@ from evomerge._study_rows import (
     read_stopped,
     score_rows,
     stopped_rows,
-)
-from evomerge._study_writes import (
-    claimed,
-    close_candidate,
-    insert_candidate,
-    insert_study,
-    lock_study,
-    next_number,
-    set_study_attr,
-    study_attrs,
-    utc_now,
 )
 from evomerge.errors import StorageError, StudyConflict
 from evomerge.fidelity import Stopped
@@ -121,7 +111,9 @@ class Study:
         user = {"study_file": header.study_file.get("text", "")}
         user |= {f"version.{key}": value for key, value in header.versions.items()}
         # One transaction: a study of ours always has its header, however its creation was interrupted.
-        Transactions(storage).once(lambda s: insert_study(s, name, list(header.objectives.values()), user, system))
+        Transactions(storage).once(
+            lambda s: writes.insert_study(s, name, list(header.objectives.values()), user, system)
+        )
         return cls(storage, name)
 
     @classmethod
@@ -206,12 +198,12 @@ class Study:
         def work(session: Any) -> int:
             nonlocal attempts
             attempts += 1
-            if attempts > 1 and (held := claimed(session, self._id, token)) is not None:
+            if attempts > 1 and (held := writes.claimed(session, self._id, token)) is not None:
                 return held  # committed before the connection broke
-            made = next_number(session, self._id)
+            made = writes.next_number(session, self._id)
             if number is not None and made != number:
                 raise NumberTaken(f"candidate {number} of the study {self.name!r} has been proposed by another process")
-            insert_candidate(session, self._id, made, trial, claim)
+            writes.insert_candidate(session, self._id, made, trial, claim)
             return made
 
         return self._write(work)
@@ -291,7 +283,7 @@ class Study:
         record = {
             "number": number,
             "state": state.name,
-            "ended": utc_now().isoformat(),
+            "ended": writes.utc_now().isoformat(),
             "values": [float(value) for value in values],
             "user": dict(user),
             "system": dict(system),
@@ -308,13 +300,13 @@ class Study:
         return closed
 
     def _record(self, record: Mapping[str, Any]) -> bool:
-        return self._write(lambda session: close_candidate(session, self._id, record))
+        return self._write(lambda session: writes.close_candidate(session, self._id, record))
 
     def _write(self, work: Callable[[Any], T]) -> T:
         """A transaction of the study's only writer at this moment, which says too that this process lives."""
 
         def locked(session: Any) -> T:
-            lock_study(session, self._id)
+            writes.lock_study(session, self._id)
             self.lease.renew(session)
             return work(session)
 
@@ -325,6 +317,10 @@ class Study:
     def candidates(self) -> list[Candidate]:
         """All candidates in the order of their numbers."""
         return self._candidates(None)
+
+    def counts(self) -> dict[str, int]:
+        """How many candidates are done, stopped, failed and running; no candidate is read."""
+        return self.transactions.run(lambda session: count_states(session, self._id))
 
     def candidate(self, number: int) -> Candidate:
         """One candidate, as it is in the database."""
@@ -419,10 +415,10 @@ class Study:
         self._spool = None
 
     def _uid(self, session: Any) -> str:
-        held = study_attrs(session, self._id, UID).get(UID)
+        held = writes.study_attrs(session, self._id, UID).get(UID)
         if held is None:  # a study from before spools
             held = uuid.uuid4().hex
-            set_study_attr(session, self._id, UID, held)
+            writes.set_study_attr(session, self._id, UID, held)
         return str(held)
 
     def _both_attrs(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from evomerge.objectives import Scores
 from evomerge.recipe import Recipe
 from evomerge.storage import pack, unpack
 from evomerge.study import Header, Study
+from tests.large_study import large_study
 
 BOUNDS = {"red.weight": (0.0, 1.2, False), "blue.density": (0.05, 1.0, True)}
 RECIPE = Recipe.build("task_arithmetic", "base", {"red": {"weight": 0.25}, "blue": {"weight": 0.5}})
@@ -257,3 +259,56 @@ def test_the_frame_has_a_row_per_candidate(url: str) -> None:
     assert list(frame["number"]) == [0, 1]
     assert frame.loc[0, "acc"] == 0.7 and frame.loc[0, "red.weight"] == 0.25
     assert frame.loc[1, "state"] == "running" and np.isnan(frame.loc[1, "acc"])
+
+
+def test_counts_are_those_of_the_candidates(url: str) -> None:
+    study = Study.create(url, "x", header())
+    assert study.counts() == {"done": 0, "stopped": 0, "failed": 0, "running": 0}
+    for _ in range(3):
+        study.propose(RECIPE, None, BOUNDS)
+    study.finish(1, scores(0.7), 0, {})
+    study.fail(0, "crash", "no", 1)
+    assert study.counts() == {"done": 1, "stopped": 0, "failed": 1, "running": 1}
+
+
+def test_many_candidates_are_read_in_parts_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of seven, of two studies whose rows lie between each other, are what is read one by one."""
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    study, other = Study.create(url, "x", header()), Study.create(url, "y", header())
+    monkeypatch.setattr("evomerge._study_reads.PART", 7)
+    for i in range(16):
+        study.propose(RECIPE, {"red.weight": i / 20, "blue.density": 0.5}, BOUNDS, label=f"ü {i}")
+        if i % 2:
+            other.propose(RECIPE, {"red.weight": 1.0, "blue.density": 0.05}, BOUNDS)
+        if i % 3:
+            study.finish(i, scores(i / 10), None, {"note": [i, None, {"a": 1.5}], "same_as": 0})
+    read = study.candidates()
+    assert read == [study.candidate(i) for i in range(16)]
+    assert [c.params["red.weight"] for c in read if c.params] == [i / 20 for i in range(16)]
+    assert [c.attrs.get("note") for c in read] == [[i, None, {"a": 1.5}] if i % 3 else None for i in range(16)]
+    assert len(other.candidates()) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_hundred_thousand_candidates_open_in_bounded_time_and_memory(tmp_path: Path) -> None:
+    """Processor time, since other programs may run beside; opening is a part of resuming, which has 60 s."""
+    import resource
+
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    large_study(url, "large", 100_000)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    study = Study.load(url, "large")
+    assert study.counts() == {"done": 85_000, "stopped": 10_000, "failed": 5_000, "running": 0}
+    assert time.process_time() - started < 2.0
+    started = time.process_time()
+    assert len(study.candidates()) == 100_000
+    assert time.process_time() - started < 30.0
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KB
+    assert grown < 1_000_000
+    started = time.process_time()
+    study.acquire()
+    number = study.propose(RECIPE, None, BOUNDS)
+    assert study.finish(number, scores(0.5), None, {}) and study.candidate(number).arrival == number == 100_000
+    assert time.process_time() - started < 2.0, "a candidate costs the same, however many there were"
+    study.release()
