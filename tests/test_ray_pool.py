@@ -206,6 +206,7 @@ def test_what_a_worker_takes_and_how_often_it_fits() -> None:
     assert need_of(Spec("auto", 4), [{"CPU": 8.0}, {"GPU": 1.0}], 1.0) == Need(0.0, 1.0)  # type: ignore[arg-type]
     third = need_of(Spec("cuda"), [], 3.0)  # type: ignore[arg-type]
     assert third.fits({"GPU": 2.0}) == 6 and 3 * third.gpus <= 1
+    assert need_of(Spec("cuda"), [], 64.0).fits({"GPU": 16.0}) == 1024  # type: ignore[arg-type]
     assert Need(0.0, 2.0).fits({"GPU": 5.0}) == 2
     assert Need(4.0, 0.0).fits({"CPU": 7.0, "GPU": 9.0}) == 1
     assert Need(1.0, 0.0).fits({}) == 0
