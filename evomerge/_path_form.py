@@ -21,6 +21,7 @@ The whole grammar, with examples: docs/spaces.md.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -294,4 +295,6 @@ class _Reader:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < sys.float_info.max  # as whole numbers beyond that have no float; false for NaN

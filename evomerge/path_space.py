@@ -52,7 +52,7 @@ class PathSpace:
 
     `sources` are (short name, checkpoint path) of the models whose layers a path may use; `experts` are all of the
     study, which its known recipes name. `moments` are (source, rms of the hidden state (L + 1,)) pairs, () before
-    they are measured.
+    they are measured. `out_dtype` is of every recipe, None where all models have the base's.
     """
 
     base: str
@@ -65,6 +65,7 @@ class PathSpace:
     seed: int = 0
     description: str = ""
     moments: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    out_dtype: str | None = None
 
     @classmethod
     def from_dict(
@@ -230,7 +231,7 @@ class PathSpace:
         where = dict(self.sources)
         path = self.path(params)
         slices = tuple(Slice((Source(where[step.source], (step.layer, step.layer + 1)),)) for step in path)
-        plain = Recipe("passthrough", slices, compat="paper", seed=self.seed)
+        plain = Recipe("passthrough", slices, out_dtype=self.out_dtype, compat="paper", seed=self.seed)
         return fold_scales(plain, [step.scale for step in path], self.model_type)
 
     # ---------------------------------------------------------------- from a recipe
@@ -242,7 +243,9 @@ class PathSpace:
         arithmetic with it alone at weight 1, which gives its identity path.
         """
         path = self._path_of(recipe)
-        if path is None or (recipe.dtype, recipe.out_dtype, recipe.compat) != (None, None, "paper"):
+        if path is None or (recipe.dtype, recipe.compat) != (None, "paper"):
+            return None
+        if recipe.out_dtype not in (None, self.out_dtype):
             return None
         for backbone in self.ground.backbones:
             read = self.encoding.read(path, backbone)

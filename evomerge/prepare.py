@@ -108,7 +108,7 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         found = [*check_architecture(base), *check_siblings(base, experts), *check_family(base, experts)]
         changes = {n: measure(base, c) for n, c in experts.items() if c.path != base.path}
         problems += [placed(config, p) for p in (*found, *unrelated(changes))]
-        space = make_space(config, base, problems)
+        space = make_space(config, base, experts, problems)
         if space is not None and not problems:
             problems += try_optimizer(config, space, objectives)
             misfits, notes = _fit(base, objectives)
@@ -184,7 +184,11 @@ def open_study(
         raise StudyConflict(f"there is no study {config.name!r} to continue")
     if not exists:
         header = replace(prepared.header, moments=_moments(prepared, inline, on_note))
-        return Study.create(config.storage, config.name, header), False
+        try:
+            return Study.create(config.storage, config.name, header), False
+        except StudyConflict:  # another search of the same file made it while the models were measured
+            if resume != "auto":
+                raise
     study = Study.load(config.storage, config.name)
     study.require_identity(prepared.header.identity)
     return study, True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,17 @@ from evomerge.study import Header
 from evomerge.weights import Checkpoint
 
 
-def make_space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -> Space | None:
-    """The study's space, or None with what is wrong with it added to `problems`, each at its line."""
+def make_space(
+    config: StudyConfig, base: Checkpoint, others: Mapping[str, Checkpoint], problems: list[Problem]
+) -> Space | None:
+    """The study's space, or None with what is wrong with it added to `problems`, each at its line.
+
+    `others` are the models beside the base that could be opened.
+    """
     try:
         if is_path_spec(config.space):
-            return PathSpace.from_dict(
+            problems += _folders_named_twice(config)
+            space = PathSpace.from_dict(
                 config.space,
                 config.base,
                 config.experts,
@@ -33,11 +41,29 @@ def make_space(config: StudyConfig, base: Checkpoint, problems: list[Problem]) -
                 merged=config.merged,
                 seed=config.seed,
             )
+            return replace(space, out_dtype=_common_dtype(base, others))
         experts = config.experts
         return SearchSpace.from_dict(config.space, config.base, experts, base.n_layers, config.seed, base.names)
     except ConfigError as error:
         problems += [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
         return None
+
+
+def _common_dtype(base: Checkpoint, others: Mapping[str, Checkpoint]) -> str | None:
+    """The dtype that paths are scored in, the base's, where a layer of another model would be written in its own."""
+    alike = all(other.dtype == base.dtype for other in others.values())
+    return None if alike else str(base.dtype).removeprefix("torch.")
+
+
+def _folders_named_twice(config: StudyConfig) -> list[Problem]:
+    """Folders with two spellings, such as red and ./red: a path would have the same layers under two names."""
+    first: dict[str, str] = {}
+    found = []
+    for name, path in config.models.items():
+        other = first.setdefault(os.path.realpath(path), name)
+        if config.models[other] != path:  # equal spellings are found by the space itself
+            found.append(placed(config, Problem(f"{path!r} is the folder of `{other}` too", name, "leave one out")))
+    return found
 
 
 def measured(space: Space, header: Header) -> Space:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.config import load_study_file
-from evomerge.errors import EnvironmentProblem, NonFinite
+from evomerge.errors import EnvironmentProblem, NonFinite, StudyConflict
 from evomerge.model import LiveModel
 from evomerge.moments import ITEMS, Moments, Observed, measure, whole_model
 from evomerge.pool import InlinePool, Pool, make_pool
@@ -209,6 +210,20 @@ def test_a_study_keeps_its_moments_and_is_not_measured_again(paths: Path) -> Non
     assert space != prepared.space and dict(space.moments) == {  # type: ignore[attr-defined]
         name: tuple(moments["rms"]) for name, moments in again.header.moments.items()
     }
+
+
+def test_a_study_that_another_search_makes_during_the_measurement_is_joined(paths: Path) -> None:
+    made_up = {name: {"rms": [1.0, 2.0, 3.0, 4.0, 5.0]} for name in ("red", "blue")}
+
+    def meanwhile(note: str) -> None:
+        Study.create(prepared.config.storage, prepared.config.name, replace(prepared.header, moments=made_up))
+
+    prepared = prepare(load_study_file("study.yaml"))
+    study, existed = open_study(prepared, inline=True, on_note=meanwhile)
+    assert existed and study.header.moments == made_up  # the first one's: both make the same recipes
+    prepared = prepare(load_study_file(str(write_study(paths, name="new"))))
+    with pytest.raises(StudyConflict, match="new"):
+        open_study(prepared, "never", inline=True, on_note=meanwhile)
 
 
 @pytest.mark.parametrize("change", [{"scales": "off"}, {"match": False}])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge import faults
@@ -19,15 +20,18 @@ from evomerge.cli import main
 from evomerge.commands import run_search
 from evomerge.config import load_study_file
 from evomerge.errors import ConfigError
+from evomerge.export import merge
+from evomerge.model import LiveModel
 from evomerge.moments import whole_model
 from evomerge.prepare import Prepared, prepare
 from evomerge.recipe import Recipe, Slice, Source
 from evomerge.selection import complexity, finalists, posterior_merits
 from evomerge.study import Candidate, Study
+from evomerge.weights import Weights
 from tests.conftest import study_rows
 from tests.path_studies import make_family, write_study
 from tests.small_studies import right, study_of
-from tests.test_layer_path import N, make
+from tests.test_layer_path import IDS, N, make
 
 URL = "sqlite:///runs/tiny/ledger.db"
 ENCODINGS: dict[str, dict[str, Any]] = {
@@ -260,6 +264,33 @@ def test_a_merged_model_that_is_an_expert_is_refused_at_its_own_line(paths: Path
     found = problems(merged="red")
     line = Path("study.yaml").read_text().splitlines().index("merged: red") + 1
     assert len(found) == 1 and found[0].startswith(f"study.yaml:{line}: merged: ")
+
+
+def test_a_folder_with_two_spellings_is_one_model(paths: Path) -> None:
+    Path("link").symlink_to("blue")
+    found = problems(
+        experts={"red": "red", "again": "./red", "blue": "blue", "root": str(paths / "base")}, merged="link"
+    )
+    assert [p.partition(": ")[2] for p in found] == [
+        "again: './red' is the folder of `red` too (leave one out)",
+        f"root: '{paths / 'base'}' is the folder of `base` too (leave one out)",
+        "merged: 'link' is the folder of `blue` too (leave one out)",
+    ]
+    assert all(p.startswith("study.yaml:") for p in found)
+
+
+def test_a_path_through_models_of_several_dtypes_is_written_in_the_one_that_it_was_scored_in(paths: Path) -> None:
+    for name in ("base", "blue"):
+        file = paths / name / "model.safetensors"
+        save_file({k: t.bfloat16() for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    space = prepared(space={"path": "choices", "backbone": "red"}).space
+    recipe = space.recipe({**space.start(), "layer.1": "blue", "scale.1": 0.7})
+    live = LiveModel("base")
+    live.install(recipe, Weights(["base", "red", "blue"]))
+    exported = LiveModel(str(merge(recipe, "out")))
+    assert exported.dtype == live.dtype == torch.bfloat16
+    assert torch.equal(live.model(input_ids=IDS).logits, exported.model(input_ids=IDS).logits)
+    assert space.point_of(whole_model("red", N)) == space.start()
 
 
 def test_nothing_is_proposed_for_preferences(paths: Path, run: Run) -> None:
