@@ -20,8 +20,8 @@ LAYERS = (
      "storage_url", "leases", "spool", "study", "_study_rows", "_study_reads", "_study_writes"},
     {"worker", "moments", "pool", "local_pool", "ray_pool", "_ray_cluster", "_ray_worker", "search", "history",
      "events"},
-    {"config", "worker_entries", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore", "rounds",
-     "selection", "picking", "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output",
+    {"config", "worker_entries", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary", "rescore",
+     "rounds", "selection", "picking", "proposing", "gains", "results", "export", "card", "catalogue", "progress", "output",
      "commands", "cli", "__main__"},
 )  # fmt: skip
 # Inside layer 2: search -> pool -> worker; history is read by search.
