@@ -205,6 +205,7 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self.url = parsed.set(host="127.0.0.1", port=self.port).render_as_string(hide_password=False)
         self.cut = False
+        self._deaf = False
         self.break_at: Callable[[bytes], bool] = lambda data: False
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -233,10 +234,14 @@ class Proxy:
                 b.close()
                 return
             if watched and self.break_at(data):
+                self._deaf = True
                 b.sendall(data)  # the server hears it ...
                 time.sleep(0.3)
                 self.disconnect()  # ... and its answer is lost
+                self._deaf = False
                 return
+            if self._deaf and not watched:
+                continue
             try:
                 b.sendall(data)
             except OSError:
