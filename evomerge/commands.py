@@ -69,6 +69,7 @@ def run_search(
     for warning in prepared.warnings:
         _warn(warning)
     study, existed = open_study(prepared, resume, inline=inline, on_note=lambda note: say(f"note: {note}"))
+    study.transactions.on_note = lambda note: say(f"note: {note}")
     study.acquire()
     hours = config.budget.hours
     budget = Budget(config.budget.evaluations, hours * 3600 if hours else None)
