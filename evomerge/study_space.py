@@ -138,7 +138,10 @@ def make_optimizer(config: StudyConfig, space: Space, objectives: Sequence[Objec
 
 
 def try_optimizer(config: StudyConfig, space: Space, objectives: Sequence[Objective]) -> list[Problem]:
-    """What is wrong with the optimizer's options."""
+    """What is wrong with the optimizer or its options."""
+    if isinstance(space, PathSpace) and optimizer_name(config, space) == "coarse_to_fine":
+        message = "coarse_to_fine goes through levels of coefficients, and layer orders have none"
+        return [Problem(message, config.where("optimizer"), "evolution, which is the default there, or catcma")]
     try:
         make_optimizer(config, space, objectives, workers=1)
     except ConfigError as error:

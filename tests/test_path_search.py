@@ -266,6 +266,14 @@ def test_a_merged_model_that_is_an_expert_is_refused_at_its_own_line(paths: Path
     assert len(found) == 1 and found[0].startswith(f"study.yaml:{line}: merged: ")
 
 
+def test_coarse_to_fine_would_try_the_start_again_and_again(paths: Path) -> None:
+    (found,) = problems(optimizer={"name": "coarse_to_fine"})
+    line = next(
+        i for i, text in enumerate(Path("study.yaml").read_text().splitlines(), 1) if text.startswith("optimizer:")
+    )
+    assert found.startswith(f"study.yaml:{line}: coarse_to_fine goes through levels") and "evolution" in found
+
+
 def test_a_folder_with_two_spellings_is_one_model(paths: Path) -> None:
     Path("link").symlink_to("blue")
     found = problems(
