@@ -19,7 +19,8 @@ from evomerge._study_rows import STATES, Candidate, candidate_of
 from evomerge._study_writes import _PARAMS, _SYSTEM, _TRIALS, _USER, _VALUES, CLAIM
 
 PART = 2_000  # candidates that are read at once
-_SCAN = json.JSONDecoder().scan_once  # what json.loads does after it has looked for blanks, which attributes lack
+# What json.loads does after it has looked for blanks, which attributes lack.
+_SCAN: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 RECIPE = "recipe"
 
 
