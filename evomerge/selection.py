@@ -216,7 +216,7 @@ def posterior_merits(study: Study, candidates: Sequence[Candidate]) -> dict[int,
     weights = weights_of(study, candidates)
     shrunk = {c.number: np.array(c.values, dtype=np.float64) for c in done}
     smooth = not is_path_spec(study.header.identity.get("space"))
-    told = [c for c in candidates if smooth and c.params and (c in done or c.estimate is not None)]
+    told = [c for c in candidates if smooth and c.params and (c.number in shrunk or c.estimate is not None)]
     if told:
         x, ties = _points([c.params or {} for c in told], study.header.coarse)
         values = np.array([c.values or c.estimate for c in told], dtype=np.float64)
