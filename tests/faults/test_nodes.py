@@ -73,6 +73,7 @@ def search(cluster: Cluster, strike: Callable[[RayPool], None], monkeypatch: pyt
     return candidates
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_candidate_scored_elsewhere(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
