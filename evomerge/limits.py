@@ -12,7 +12,8 @@ candidate meets all limits: until then those that miss them by least are the bes
 **hopeless** (studies with an objective that is scored whole, or with `keep:`): such studies have candidates that
 nothing beats, since nothing else is as shallow, and that answer no better than by chance. A candidate stops if in
 *every* objective with items it has with confidence lost most of the best: its score over all N items keeps less than
-the share `keep` of what any candidate scored in full has. Both are counted from what guessing gives, where the
+the share `keep` of what any candidate scored in full has. Among candidates that meet all constraints, that is: until
+one of them is scored in full nobody is hopeless, since the best that miss a limit are no choice. Both are counted from what guessing gives, where the
 objective says what that is and the best one surely knows more (by `SURE` standard errors), and otherwise from the worst
 value (`least_of`). Being below in every objective is an intersection-union test (Berger 1982), so the level is `RISK`
 over parts. A candidate that keeps the share in one objective is a trade-off, whatever it lost elsewhere.
@@ -158,7 +159,7 @@ def kept_of(values: Array, best: float, ends: Sequence[float | None], maximize: 
 def hopes_of(
     values: Array, stderr: Array, names: Sequence[str], maximize: Sequence[bool], terms: Terms
 ) -> tuple[float | None, ...]:
-    """The least of hope per objective, from all candidates scored in full, in the objectives' own units.
+    """The least of hope per objective, from candidates scored in full, in the objectives' own units.
 
     Empty where there is no such rule: it is off, or an objective's ends are not known.
 

@@ -73,17 +73,26 @@ class Rivals:
         return Race(part.seed, part.rungs, tuple(rivals), ups, *scaled, part.gate, limits)
 
     def _limits(self, floors: Array | None) -> tuple[Limits, Collection[int]]:
-        """What the next candidate must reach, and the candidates that meet the floors; all of them if none does."""
+        """What the next candidate must reach, and the candidates that meet the floors; all of them if none does.
+
+        Hope is counted among those that meet the floors: the best of the others is no choice, however much it knows.
+        """
         ups = list(self._objectives.values())
-        every = np.array(list(self._values.values()))
-        errors = np.array([self._stderr[n] or (0.0,) * len(ups) for n in self._values])
-        hopes = hopes_of(every, errors, list(self._objectives), ups, self._terms)
         if floors is None or not np.isfinite(floors).any():
-            return Limits(hopes=hopes, settled=True), self._values
+            return Limits(hopes=self._hopes(self._values), settled=True), self._values
         signs = np.where(ups, 1.0, -1.0)
-        able = [n for n, values in zip(self._values, every * signs, strict=True) if (values >= floors).all()]
+        every = np.array(list(self._values.values())) * signs
+        able = [n for n, values in zip(self._values, every, strict=True) if (values >= floors).all()]
         own = tuple(float(f) if np.isfinite(f) else None for f in floors * signs)
-        return Limits(own, hopes, bool(able)), able or self._values
+        return Limits(own, self._hopes(able), bool(able)), able or self._values
+
+    def _hopes(self, able: Collection[int]) -> tuple[float | None, ...]:
+        """The least of hope from these candidates; empty for no such rule, as where there are none."""
+        if not able:
+            return ()
+        names, ups = list(self._objectives), list(self._objectives.values())
+        errors = np.array([self._stderr[n] or (0.0,) * len(ups) for n in able])
+        return hopes_of(np.array([self._values[n] for n in able]), errors, names, ups, self._terms)
 
     def _chosen(self, able: Collection[int]) -> tuple[list[int], Array, Array]:
         """Numbers of the rivals among `able`, best first; their front's worst values and its ranges."""

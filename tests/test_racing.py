@@ -526,6 +526,26 @@ def test_with_constraints_rivals_are_feasible_and_limits_travel() -> None:
     assert Race(0, RUNGS).missed({1: Whole(99.0, 0.0, 1)}) is None, "known recipes have no rivals"
 
 
+def test_nobody_is_hopeless_beside_candidates_that_miss_a_limit() -> None:
+    """Of depth <= 3 the first one is scored in full, however bad; then hope is what the feasible ones know."""
+    rng = np.random.default_rng(29)
+    n = 500
+    terms = Terms({"depth": "exact"}, 0.5, {"a": (0.0, 1.0), "b": (0.0, 1.0)})
+    done = {i: (answers(rng, 0.8, 0.8, n=n), 8.0) for i in range(2)}
+    broken = answers(rng, 0.08, 0.05, n=n)
+    limits = [-np.inf, -np.inf, -3.0]
+    found = deep_verdict(deep_race(done, terms=terms), broken, 3.0)
+    assert found is not None and found[1].rule == "hopeless", "without the limit"
+    first = deep_race(done, limits, terms=terms)
+    assert first.limits.hopes == () and not first.limits.settled
+    assert deep_verdict(first, broken, 3.0) is None
+    later = deep_race(done | {2: (answers(rng, 0.3, 0.2, n=n), 3.0)}, limits, terms=terms)
+    assert later.limits.hopes == (pytest.approx(0.15), pytest.approx(0.1), None) and later.limits.settled
+    assert deep_verdict(later, answers(rng, 0.25, 0.05, n=n), 2.0) is None, "little beside 0.8, and much beside 0.3"
+    worse = deep_verdict(later, answers(rng, 0.01, 0.01, n=n), 2.0)
+    assert worse is not None and worse[1].rule == "hopeless"
+
+
 def test_hopeless_candidates_stop_whom_nobody_beats() -> None:
     rng = np.random.default_rng(27)
     n = 500
