@@ -26,6 +26,7 @@ from evomerge.rescore import front_of
 from evomerge.search import Event
 from evomerge.study import Study
 from tests.conftest import study_rows
+from tests.faults.invariants import MARK, Run, check_invariants
 
 URL = "sqlite:///runs/tiny/ledger.db"
 STAGES = ("proposing", "recording", "merging", "scoring", "finishing", "telling")
@@ -79,16 +80,11 @@ def result() -> tuple[list[Any], list[int]]:
     return study_rows(study), [c.number for c in front_of(study, candidates)]
 
 
-def check_record(expected: tuple[list[Any], list[int]]) -> None:
+def check_record(expected: tuple[list[Any], list[int]], overrides: tuple[str, ...] = OVERRIDES, mark: str = "") -> None:
     """Every acknowledged candidate is done, none is there twice, and all is as without kills."""
-    rows, front = result()
     acknowledged = [int(n) for n in Path("acks.txt").read_text().split()]
-    assert len(acknowledged) == len(set(acknowledged)), "a candidate was shown as done twice"
-    ended = {r[0] for r in rows if r[1] in ("done", "failed")}
-    assert set(acknowledged) <= ended, "a candidate that was shown as done is lost"
-    assert [r[0] for r in rows] == list(range(len(rows)))
-    assert rows == expected[0]
-    assert front == expected[1]
+    run = Run(acknowledged, expected=expected, budget=16, replay="serial", overrides=overrides, mark=mark)
+    check_invariants(URL, "tiny", run)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,7 +132,7 @@ def test_every_optimizer_continues_exactly(work: Path, uninterrupted: dict[str, 
     assert run_forked(overrides, fault="telling:12") == -signal.SIGKILL
     assert run_forked(overrides, fault="proposing:2") == -signal.SIGKILL
     assert run_forked(overrides) == 0
-    check_record(uninterrupted[optimizer])
+    check_record(uninterrupted[optimizer], overrides)
 
 
 def test_ten_kills_at_random_moments_of_one_search(work: Path, uninterrupted: dict[str, Any]) -> None:
@@ -157,7 +153,10 @@ def test_ten_kills_at_random_moments_of_one_search(work: Path, uninterrupted: di
     assert time.monotonic() - started < 200
 
 
-def test_a_kill_of_a_search_with_worker_processes(work: Path, uninterrupted: dict[str, Any]) -> None:
+def test_a_kill_of_a_search_with_worker_processes(
+    work: Path, uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MARK, str(work))
     command = [sys.executable, "-m", "evomerge", "search", "study.yaml", "-o", OVERRIDES[0], "-o", OVERRIDES[1]]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -176,7 +175,7 @@ def test_a_kill_of_a_search_with_worker_processes(work: Path, uninterrupted: dic
         for line in lines:
             number = int(line.split("#")[1].split()[0].rstrip(":"))
             stream.write(f"{number}\n")
-    check_record(uninterrupted["map"])
+    check_record(uninterrupted["map"], mark=str(work))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -219,11 +218,5 @@ def test_a_night_of_kills_with_two_workers(work: Path) -> None:
         shown += [int(line.split("#")[1].split()[0].rstrip(":")) for line in lines if "/400 | #" in line]
         if not Study.exists(URL, "tiny"):
             continue
-        candidates = Study.load(URL, "tiny").candidates()
-        assert [c.number for c in candidates] == list(range(len(candidates)))
-        ended = {c.number for c in candidates if c.state != "running"}
-        assert set(shown) <= ended, "a candidate that was shown as done is lost"
-        assert len(shown) == len(set(shown)), "a candidate was shown as done twice"
-        arrivals = [c.arrival for c in candidates if c.arrival is not None]
-        assert sorted(arrivals) == list(range(len(arrivals)))
+        check_invariants(URL, "tiny", Run(shown, ended=False, budget=400))
     assert len(shown) > 20, "the kills left no time for any work: nothing was tested"
