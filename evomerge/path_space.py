@@ -231,7 +231,8 @@ class PathSpace:
         where = dict(self.sources)
         path = self.path(params)
         slices = tuple(Slice((Source(where[step.source], (step.layer, step.layer + 1)),)) for step in path)
-        plain = Recipe("passthrough", slices, out_dtype=self.out_dtype, compat="paper", seed=self.seed)
+        # The base gives no weights here, but the tokenizer and the configuration, with which candidates are scored.
+        plain = Recipe("passthrough", slices, self.base, out_dtype=self.out_dtype, compat="paper", seed=self.seed)
         return fold_scales(plain, [step.scale for step in path], self.model_type)
 
     # ---------------------------------------------------------------- from a recipe

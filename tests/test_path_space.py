@@ -136,7 +136,10 @@ def test_recipes_are_the_folded_scales_of_their_path(made: PathSpace, seed: int)
     params = draw(made, seed)
     path = made.path(params)
     slices = [{"sources": [{"model": WHERE[s.source], "layer_range": [s.layer, s.layer + 1]}]} for s in path]
-    plain = Recipe.from_dict({"merge_method": "passthrough", "slices": slices, "compat": "paper", "seed": 3})
+    head = {"merge_method": "passthrough", "base_model": made.base, "compat": "paper", "seed": 3}
+    plain = Recipe.from_dict({**head, "slices": slices})
+    # Tokenizer and configuration come from the first model: the base, with whose tokenizer candidates are scored.
+    assert made.recipe(params).models[0] == made.base
     assert made.recipe(params).fingerprint == fold_scales(plain, [s.scale for s in path], "llama").fingerprint
 
 
