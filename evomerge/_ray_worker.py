@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge.errors import EnvironmentProblem, EvomergeError
-from evomerge.pool import evaluate_safely
+from evomerge.pool import evaluate_safely, patient_threads
 
 if TYPE_CHECKING:
     from evomerge.worker import Failed, Job, Outcome, WorkerSpec
@@ -25,6 +25,7 @@ class RayWorker:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         os.environ.update(environment)
+        os.environ.update(patient_threads(os.environ))  # torch is loaded later
         os.environ["TQDM_DISABLE"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
 

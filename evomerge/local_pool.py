@@ -10,12 +10,13 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import EnvironmentProblem, EvomergeError
-from evomerge.pool import MAX_STARTS, START_TIMEOUT_S, Deaths, evaluate_safely
+from evomerge.pool import MAX_STARTS, START_TIMEOUT_S, Deaths, evaluate_safely, patient_threads
 
 if TYPE_CHECKING:
     from evomerge.worker import Failed, Job, Outcome, WorkerSpec
@@ -93,7 +94,8 @@ class LocalPool:
         ours, theirs = self._context.Pipe()
         spec = replace(self._spec, device=_spread(self._spec.device, index))
         process = self._context.Process(target=_worker_main, args=(theirs, spec, os.getcwd()), daemon=True)
-        process.start()
+        with _worker_environment():
+            process.start()
         theirs.close()
         return _Slot(process, ours)
 
@@ -172,6 +174,18 @@ def how_it_ended(code: int | None) -> str:
         return f"was killed by signal {-code}"
     cause = CAUSES.get(known)
     return f"was killed by {known.name}" + (f" ({cause})" if cause else "")
+
+
+@contextlib.contextmanager
+def _worker_environment() -> Iterator[None]:
+    """This process's environment as workers inherit it: a worker loads torch before it runs any line of ours."""
+    added = patient_threads(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
 
 
 def _spread(device: str, index: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from evomerge.errors import CandidateFailure
@@ -22,6 +22,8 @@ MAX_KILLS = 2  # a job whose worker died is tried once elsewhere; a second death
 MAX_LOSSES = 5  # nodes that may vanish under one job before it is held to bring them down
 START_TIMEOUT_S = 1800.0  # loading base and experts of the largest models from a cold disk
 PATIENCE_S = 600.0  # how long a search without any worker waits for one
+# Any of these says how OpenMP's threads wait for each other; all are read when torch is loaded.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 class Pool(Protocol):
@@ -81,6 +83,14 @@ class Deaths:
         """The job has ended."""
         self._kills.pop(number, None)
         self._losses.pop(number, None)
+
+
+def patient_threads(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a worker's environment lacks for threads that sleep while they wait; nothing if it says how they wait.
+
+    By default they spin. Where other programs want the CPU, a thread that spins keeps away the one that it waits for.
+    """
+    return {} if any(key in environment for key in WAITING) else {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def evaluate_safely(worker: Worker, job: Job) -> Outcome | Failed:

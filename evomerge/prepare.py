@@ -42,13 +42,16 @@ from evomerge.study_space import (
     measured,
     merged_problem,
     optimizer_name,
+    path_doubts,
     placed,
     try_optimizer,
 )
 from evomerge.summary import summary_of
 from evomerge.weights import Checkpoint, has_chat_template, open_all
 from evomerge.worker import WorkerSpec
+from evomerge.worker_entries import Workers
 
+MUCH = 0.5  # of a budget: worth a warning if known recipes take so much
 OFTEN = 0.2  # of a space's points: worth a warning if so many can never be merged
 LIBRARIES = ("evomerge", "torch", "transformers", "lm_eval", "optuna", "cma", "ray", "numpy")
 
@@ -124,16 +127,14 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         raise ConfigError.of([*broken, *problems], config.source)
     if broken or space is None:
         lines = "".join(f"\n  - {p}" for p in broken)
-        raise EnvironmentProblem(f"{len(broken)} problems with files of {config.source}:{lines}")
+        count = f"{len(broken)} problem{'s' * (len(broken) != 1)}"
+        raise EnvironmentProblem(f"{count} with files of {config.source}:{lines}")
     worker = worker_spec(config)
     starts = [space.recipe(start) for start in space.starts()]
     plans = [plan for recipe in starts for plan in recipe.plan(opened[BASE].names, opened[BASE].n_layers)]
     warnings = suspicious(changes, drops=drops_at_random(plans, config.space.get("genes") or {}))
     known = known_of(config, space, opened[BASE].n_layers)
-    most = config.budget.evaluations
-    if known and most is not None and most <= len(known):
-        message = f"the budget of {most} evaluations is spent on the {len(known)} known recipes: nothing is searched"
-        doubts.append(Problem(message, config.where("budget"), "raise it, or set `known_recipes: false`"))
+    doubts += [*_spent_on_known(config, len(known)), *path_doubts(config, space, constraints)]
     rungs, why_none = choose_rungs(config, objectives)
     epochs, why_no_epochs = choose_epochs(config, objectives, len(known))
     if why_none and config.fidelity.rungs:
@@ -156,6 +157,17 @@ def prepare(config: StudyConfig, overrides: tuple[str, ...] = ()) -> Prepared:
         | terms_text(config, objectives, raced=bool(rungs or epochs)),
         warnings=(*doubts, *(placed(config, p) for p in warnings)),
     )
+
+
+def _spent_on_known(config: StudyConfig, known: int) -> list[Problem]:
+    """What to say of a budget of which known recipes take half or more."""
+    most = config.budget.evaluations
+    if not known or most is None or known < MUCH * most:
+        return []
+    message = f"{known} of the {most} evaluations are known recipes: {most - known} are left to search with"
+    if most <= known:
+        message = f"the budget of {most} evaluations is spent on the {known} known recipes: nothing is searched"
+    return [Problem(message, config.where("budget"), "raise it, or set `known_recipes: false`")]
 
 
 def open_study(
@@ -236,10 +248,20 @@ def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:
         models=tuple(config.models.values()),
         objectives=config.objectives,
         device=device,
-        threads=threads or workers.threads or (1 if workers.address else max(1, (os.cpu_count() or 1) // count)),
+        threads=threads or workers.threads or _default_threads(workers),
         allowed_s=workers.timeout_s,
         memory=memory,
     )
+
+
+def _default_threads(workers: Workers) -> int:
+    """Threads of a worker where nobody says how many: its share of this machine's CPUs, or what OpenMP is told."""
+    if workers.address:
+        return 1  # a cluster's nodes may have any number
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if told.isdecimal() and int(told):
+        return int(told)
+    return max(1, (os.cpu_count() or 1) // workers.count)
 
 
 def _require_memory(memory: Memory, device: str) -> None:

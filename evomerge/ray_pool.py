@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from evomerge._ray_cluster import Need, explain, need_of, require_reachable
 from evomerge._ray_worker import RayWorker
 from evomerge.errors import EnvironmentProblem, EvomergeError
-from evomerge.pool import MAX_STARTS, PATIENCE_S, START_TIMEOUT_S, Deaths
+from evomerge.pool import MAX_STARTS, PATIENCE_S, START_TIMEOUT_S, WAITING, Deaths
 
 if TYPE_CHECKING:
     from evomerge.worker import Failed, Job, Outcome, WorkerSpec
@@ -421,7 +421,7 @@ def _connect(address: str | None, cpus: int) -> tuple[Any, bool]:
 
 def _environment() -> dict[str, str]:
     """What of the controller's environment a worker needs, wherever the cluster was started."""
-    return {key: os.environ[key] for key in ("EVOMERGE_FAULT",) if key in os.environ}
+    return {key: os.environ[key] for key in ("EVOMERGE_FAULT", *WAITING) if key in os.environ}
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evomerge._ray_worker import RayWorker
 from evomerge.errors import EvomergeError
 from evomerge.local_pool import LocalPool, how_it_ended
 from evomerge.objectives import ObjectiveSpec
-from evomerge.pool import InlinePool, Pool
-from evomerge.ray_pool import RayPool
+from evomerge.pool import WAITING, InlinePool, Pool
+from evomerge.prepare import _default_threads
+from evomerge.ray_pool import RayPool, _environment
 from evomerge.recipe import Recipe
 from evomerge.worker import Failed, Job, Outcome, WorkerSpec
+from evomerge.worker_entries import Workers
 
 EXPERTS = ("red", "green", "blue")
 # Without lm-eval, whose import would be most of the time of every worker's start.
@@ -78,6 +81,47 @@ def test_a_weight_file_that_is_cut_short_under_a_worker_ends_the_search_with_its
             collect(made, 1)
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("own", [None, *WAITING])
+def test_threads_of_workers_sleep_while_they_wait_unless_the_user_says_otherwise(
+    own: str | None, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in WAITING:
+        monkeypatch.delenv(key, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "0")
+    expected = {"OMP_WAIT_POLICY": "PASSIVE"} if own is None else {own: "0"}
+    before = dict(os.environ)
+    made = LocalPool(SPEC, 1)
+    try:
+        process = Path(f"/proc/{made._slots[0].process.pid}")
+        while "spawn_main" not in (process / "cmdline").read_text():
+            time.sleep(0.01)  # it is still a copy of this one
+        lines = (process / "environ").read_text().split("\0")
+    finally:
+        made.close()
+    inherited = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert {key: inherited[key] for key in WAITING if key in inherited} == expected
+    assert dict(os.environ) == before
+    assert {key: _environment().get(key) for key in WAITING} == {key: os.environ.get(key) for key in WAITING}
+    for key in ("TQDM_DISABLE", "HF_HUB_OFFLINE", "OMP_WAIT_POLICY"):  # an actor sets them in its own process
+        monkeypatch.setenv(key, os.environ.get(key, ""))
+    if "OMP_WAIT_POLICY" not in before:
+        del os.environ["OMP_WAIT_POLICY"]
+    RayWorker({})
+    assert {key: os.environ[key] for key in WAITING if key in os.environ} == expected
+
+
+def test_threads_of_a_worker_are_what_openmp_is_told_or_its_share_of_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for told, threads in ((None, 4), ("", 4), ("3", 3), ("1,2", 1), ("0", 4), ("many", 4)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if told is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", told)
+        assert _default_threads(Workers(local=2)) == threads
+        assert _default_threads(Workers(ray=2)) == threads
+        assert _default_threads(Workers(ray="auto", address="auto")) == 1
 
 
 @pytest.mark.parametrize(
