@@ -53,7 +53,7 @@ def test_every_problem_is_reported_at_once_with_its_line() -> None:
         ("study.yaml:10", "budget.evaluations"),
         ("study.yaml:10", "unknown key `budget.days`"),
         ("study.yaml:11", "unknown optimizer 'annealing'"),
-        ("study.yaml:12", "not a database URL"),
+        ("study.yaml:12", "journals are not supported"),
         ("study.yaml:13", "workers"),
         ("study.yaml:14", "seed"),
         ("study.yaml:15", "unknown key `objectives2`"),
