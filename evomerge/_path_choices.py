@@ -50,6 +50,11 @@ class Choices:
             found += [named(f"again.{d}", choices, SKIP), *ground.scale_genes(f"again_scale.{d}")]
         return tuple(found)
 
+    @property
+    def shortest(self) -> int:
+        """The number of layers of the shortest path: the frozen ones."""
+        return self.ground.head + self.ground.tail
+
     @cached_property
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """The choice of each depth and pass with its scale."""

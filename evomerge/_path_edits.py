@@ -91,6 +91,12 @@ class Edits:
             found.append(named(f"{name}.source", self.others, self.others[0]))
         return [*found, *self.ground.scale_genes(f"{name}.scale")]
 
+    @property
+    def shortest(self) -> int:
+        """The number of layers of the shortest path: as many are left out as fit into all skips."""
+        left_out = min(len(self.ground.free), self.slots * self.block) if SKIP in self.kinds else 0
+        return self.ground.n_layers - left_out
+
     @cached_property
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """The genes of each slot."""

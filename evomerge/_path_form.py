@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge._path_choices import OWN, SKIP, Choices
-from evomerge._path_edits import KINDS, SHARE, SPLICE, SWAP, Edits
+from evomerge._path_edits import KINDS, REPEAT, SHARE, SPLICE, SWAP, Edits
 from evomerge._path_indicators import MOST_GENES, Indicators
 from evomerge._path_steps import Encoding, Ground
 from evomerge._space_methods import suggestion
@@ -37,6 +37,7 @@ from evomerge.scale_folding import foldable
 
 COMMON = ("description", "path", "sources", "backbone", "frozen", "longest", "scales", "match")
 OWN_KEYS = {"choices": ("passes",), "edits": ("edits", "kinds", "block"), "indicators": ("repeats", "matrix")}
+OF_COEFFICIENTS = ("method", "layer_groups", "components", "genes", "fixed", "compat")
 BASE, MERGED, SEARCH = "base", "merged", "search"
 RESERVED = (BASE, MERGED, SEARCH, OWN, SKIP)  # what a key or a gene may say in the place of an expert
 FROZEN, LONGEST, SCALES, OFF = 0.1, 1.5, (0.5, 2.0), "off"
@@ -128,6 +129,8 @@ class _Reader:
             owner = next((name for name, keys in OWN_KEYS.items() if key in keys), None)
             if key not in known and owner is not None:
                 self.bad(key, f"`{key}` is for `path: {owner}`, and this is `path: {kind}`", "leave it out")
+            elif key in OF_COEFFICIENTS:
+                self.bad(key, f"`{key}` is for spaces of coefficients, and this is one of layer orders", "leave it out")
             elif key not in known:
                 self.bad(str(key), f"unknown key {key!r}", suggestion(str(key), known))
         self.top = {key: spec[key] for key in known if spec.get(key) is not None}
@@ -183,7 +186,9 @@ class _Reader:
         if given == SEARCH:
             return sources
         if not isinstance(given, str) or given not in sources:
-            self.bad("backbone", f"{given!r} is not one of the sources", suggestion(str(given), (*sources, SEARCH)))
+            listed = isinstance(given, str) and given in self.known
+            hint = "add it to `sources:`" if listed else suggestion(str(given), (*sources, SEARCH))
+            self.bad("backbone", f"{given!r} is not one of the sources", hint)
             return sources
         return (given,)
 
@@ -271,7 +276,10 @@ class _Reader:
         if free < 2:
             useless |= dict.fromkeys((SWAP, SHARE), "it takes two layers that are not frozen")
         given = self.top.get("kinds", [kind for kind in DEFAULT_KINDS if kind not in useless])
-        if not isinstance(given, list) or not given:
+        if given == []:
+            self.bad("kinds", "is empty: nothing could be edited", f"any of {', '.join(KINDS)}")
+            return DEFAULT_KINDS
+        if not isinstance(given, list):
             self.bad("kinds", f"{given!r} is not a list of kinds of edits", f"any of {', '.join(KINDS)}")
             return DEFAULT_KINDS
         for i, kind in enumerate(given):
@@ -281,6 +289,9 @@ class _Reader:
                 self.bad("kinds", f"there is no kind of edit {kind!r}", suggestion(str(kind), KINDS))
             elif kind in useless:
                 self.bad("kinds", f"{kind} is not possible: {useless[kind]}", "leave it out")
+        if set(map(str, given)) == {REPEAT} and ground.longest == ground.n_layers:
+            hint = "raise `longest`, or name another kind too, such as skip"
+            self.bad("kinds", "with `longest: 1` and repeats alone no layer can be repeated", hint)
         return tuple(kind for kind in given if kind in KINDS)
 
     def _indicators(self, ground: Ground) -> Indicators:

@@ -67,6 +67,11 @@ class Indicators:
                 if reached and b != (a[0], a[1] + 1):
                     yield a, b
 
+    @property
+    def shortest(self) -> int:
+        """The number of layers of the shortest path: the frozen ones."""
+        return self.ground.head + self.ground.tail
+
     @cached_property
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """Each indicator; scales mean something on their own."""

@@ -100,6 +100,10 @@ class Encoding(Protocol):
         """The genes, without the backbone's; at their starts they make the identity path of the first backbone."""
 
     @property
+    def shortest(self) -> int:
+        """The number of layers of the shortest path."""
+
+    @property
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """Genes that mean something together only. With the first at its start, the others change nothing."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -299,8 +300,10 @@ def _space(
         return nothing  # pydantic has said so
     path = Path(entry) if entry.endswith((".yaml", ".yml")) else shipped_file("search_spaces", entry)
     if path is None or not path.is_file():
-        names = ", ".join(shipped_names("search_spaces"))
-        problems.append(Problem(f"no search space {entry!r}", where, hint=f"there are {names}"))
+        names = shipped_names("search_spaces")
+        near = difflib.get_close_matches(entry, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        problems.append(Problem(f"no search space {entry!r}", where, hint))
         return nothing
     try:
         found = load_yaml(read_text(path), str(path))

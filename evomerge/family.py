@@ -179,10 +179,12 @@ def _compare(base: Checkpoint, expert: Checkpoint, label: str) -> Iterator[Probl
         if names:
             more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
             yield Problem(f"{kind} {', '.join(names[:3])}{more}", where=label)
-    for name, info in base.info.items():
-        other = expert.info.get(name)
-        if other is not None and other.shape != info.shape:
-            yield Problem(f"tensor {name} has shape {other.shape}, but {info.shape} in the base", where=label)
+    both = [(name, info.shape, expert.info[name].shape) for name, info in base.info.items() if name in expert.info]
+    wrong = [(name, ours, theirs) for name, ours, theirs in both if ours != theirs]
+    if wrong:
+        name, shape, other = wrong[0]
+        more = f" (and so on in {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        yield Problem(f"tensor {name} has shape {other}, but {shape} in the base{more}", where=label)
     ours_vocab, theirs_vocab = _vocabulary(base.folder), _vocabulary(expert.folder)
     if ours_vocab and theirs_vocab and ours_vocab != theirs_vocab:
         differing = sum(ours_vocab.get(t) != i for t, i in theirs_vocab.items()) + sum(

@@ -13,10 +13,11 @@ candidate meets all limits: until then those that miss them by least are the bes
 nothing beats, since nothing else is as shallow, and that answer no better than by chance. A candidate stops if in
 *every* objective with items it has with confidence lost most of the best: its score over all N items keeps less than
 the share `keep` of what any candidate scored in full has. Among candidates that meet all constraints, that is: until
-one of them is scored in full nobody is hopeless, since the best that miss a limit are no choice. Both are counted from what guessing gives, where the
-objective says what that is and the best one surely knows more (by `SURE` standard errors), and otherwise from the worst
-value (`least_of`). Being below in every objective is an intersection-union test (Berger 1982), so the level is `RISK`
-over parts. A candidate that keeps the share in one objective is a trade-off, whatever it lost elsewhere.
+one of them is scored in full nobody is hopeless, since the best that miss a limit are no choice. Both are counted from
+what guessing gives, where the objective says what that is and the best one surely knows more (by `SURE` standard
+errors), and otherwise from the worst value (`least_of`). Being below in every objective is an intersection-union test
+(Berger 1982), so the level is `RISK` over parts. A candidate that keeps the share in one objective is a trade-off,
+whatever it lost elsewhere.
 
 With three objectives or more, keeping less than half of each may be a trade-off too: an even mixture of m specialists
 keeps 1 / m of each. So the share is half only if a candidate that is scored in full keeps half of all objectives, and

@@ -25,6 +25,8 @@ from evomerge.study import Candidate, Study
 from evomerge.weights import Checkpoint
 from evomerge.worker import Failed, Job, Outcome
 
+FEW = 30  # searched candidates, below which it says little of a space that none of them meets the constraints
+
 Found = dict[int, dict[str, Scores]]
 
 
@@ -109,9 +111,16 @@ def none_feasible(study: Study, candidates: Sequence[Candidate]) -> str | None:
         for name, amount in missed.items()
     )
     label = f" ({candidate.label})" if candidate.label else ""
+    searched = sum(c.label is None and c.state != "running" for c in candidates)
+    if searched < FEW:  # nobody knows yet what the space holds
+        ran = f"only {searched} searched candidate{'s' * (searched != 1)}" if searched else "no searched candidate"
+        beside = " beside the known recipes" if any(c.label is not None for c in candidates) else ""
+        hint = f"{ran.capitalize()} ran{beside}: raise the budget, or relax the constraint by so much"
+    else:
+        hint = "Relax the constraint by so much, widen the space, or search on with a larger budget"
     return (
         f"no candidate of {len(eligible(candidates))} meets the constraints; candidate {candidate.number}{label} comes "
-        f"nearest: {said}. Relax the constraint by so much, widen the space, or search on with a larger budget"
+        f"nearest: {said}. {hint}"
     )
 
 
@@ -203,8 +212,13 @@ def remarks(study: Study, candidates: Sequence[Candidate]) -> list[str]:
     done = eligible(candidates)
     found = []
     if len(done) > 1:
+        searched = [c for c in candidates if c.label is None and c.state in ("done", "stopped")]
         for j, name in enumerate(study.header.objectives):
             values = {(c.values or ())[j] for c in done}
+            if all(_without_error(c, j) for c in done):  # known recipes of one base are all as deep as that
+                values |= {c.estimate[j] for c in searched if c.estimate is not None}
+                if not searched:
+                    continue
             if len(values) == 1:
                 found.append(
                     f"objective {name} was {values.pop():.4f} for all {len(done)} candidates: it chose nothing; "
@@ -215,6 +229,11 @@ def remarks(study: Study, candidates: Sequence[Candidate]) -> list[str]:
         if constraint.labels and not known.intersection(constraint.labels):
             found.append(f"the constraint `{constraint.text}` has no effect: its reference has no scores")
     return found
+
+
+def _without_error(candidate: Candidate, j: int) -> bool:
+    """Whether the value of objective j is a count and no measurement, such as a depth."""
+    return candidate.stderr is not None and candidate.stderr[j] == 0.0
 
 
 # -------------------------------------------------------------------- further splits

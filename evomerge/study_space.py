@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from evomerge import registry
 from evomerge.config import BASE, MERGED, StudyConfig
+from evomerge.constraints import Constraint
 from evomerge.errors import ConfigError, Problem
 from evomerge.moments import RMS, whole_model
 from evomerge.objectives import Objective
@@ -20,6 +23,8 @@ from evomerge.space import SearchSpace, known_recipes
 from evomerge.spaces import Space
 from evomerge.study import Header
 from evomerge.weights import Checkpoint
+
+MADE_FOR_PATHS = ("evolution", "catcma", "random")
 
 
 def make_space(
@@ -45,8 +50,15 @@ def make_space(
         experts = config.experts
         return SearchSpace.from_dict(config.space, config.base, experts, base.n_layers, config.seed, base.names)
     except ConfigError as error:
-        problems += [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
+        found = [Problem(p.message, config.where_in_space(p.where), p.hint) for p in error.problems]
+        problems += sorted(found, key=_line_of)
         return None
+
+
+def _line_of(problem: Problem) -> tuple[str, int]:
+    """The file and the line of a problem at "file:line" or "file:line: key", for sorting."""
+    found = re.match(r"(.*?):(\d+)(?:: |$)", problem.where)
+    return (found[1], int(found[2])) if found else (problem.where, 0)
 
 
 def _common_dtype(base: Checkpoint, others: Mapping[str, Checkpoint]) -> str | None:
@@ -88,10 +100,13 @@ def known_of(config: StudyConfig, space: Space, n_layers: int) -> list[tuple[str
 
 
 def merged_problem(config: StudyConfig, problem: Problem) -> Problem | None:
-    """What to say where the checkpoint of `merged:` cannot be opened since the folder is a study's; else None."""
+    """What to say where there is no checkpoint at `merged:`, nothing at all or the folder of a study; else None."""
     folder = Path(config.merged or "")
     if problem.where != MERGED or config.merged is None or (folder / "config.json").exists():
         return None
+    if not folder.exists():
+        hint = f"`evomerge export STUDY.yaml {config.merged}` writes the winner of a search of coefficients there"
+        return Problem(f"no checkpoint folder at {config.merged}", f"{config.where(MERGED)}: {MERGED}", hint)
     if not any(folder.glob("*.db")):
         return None
     out = folder / MERGED
@@ -142,11 +157,39 @@ def try_optimizer(config: StudyConfig, space: Space, objectives: Sequence[Object
     if isinstance(space, PathSpace) and optimizer_name(config, space) == "coarse_to_fine":
         message = "coarse_to_fine goes through levels of coefficients, and layer orders have none"
         return [Problem(message, config.where("optimizer"), "evolution, which is the default there, or catcma")]
-    try:
-        make_optimizer(config, space, objectives, workers=1)
-    except ConfigError as error:
-        return [Problem(p.message, p.where or config.where("optimizer"), p.hint) for p in error.problems]
-    return []
+    found: list[Problem] = []
+    left = config
+    while True:
+        try:
+            make_optimizer(left, space, objectives, workers=1)
+        except ConfigError as error:
+            found += [Problem(p.message, p.where or config.where("optimizer"), p.hint) for p in error.problems]
+            # Optimizers stop at the first option that is wrong: the others are tried without it.
+            wrong = {p.where.rpartition(".")[2] for p in error.problems}.intersection(left.optimizer_options)
+            if not wrong:
+                return found
+            options = {k: v for k, v in left.optimizer_options.items() if k not in wrong}
+            left = replace(left, optimizer_options=options)
+        else:
+            return found
+
+
+def path_doubts(config: StudyConfig, space: Space, constraints: Sequence[Constraint]) -> list[Problem]:
+    """What is worth knowing of a study of layer orders: an optimizer for coefficients, a depth that no path has."""
+    if not isinstance(space, PathSpace):
+        return []
+    found = []
+    name, shortest = optimizer_name(config, space), space.encoding.shortest
+    if name not in MADE_FOR_PATHS and name in registry.names("optimizers"):
+        message = f"{name} is not made for layer orders, whose genes are choices"
+        found.append(Problem(message, config.where("optimizer"), f"made for them: {' and '.join(MADE_FOR_PATHS[:2])}"))
+    counted = {o.name for o in config.objectives if o.kind == "size" and o.options.get("count") == "layers"}
+    for index, limit in enumerate(constraints):
+        if limit.objective in counted and not limit.labels and limit.offset < shortest:
+            message = f"no path of this space meets `{limit.text}`: the shortest one has {shortest} layers"
+            hint = "relax it, or let the space skip more (`frozen`, and of edits `kinds`, `edits` and `block`)"
+            found.append(Problem(message, config.where("constraints", index), hint))
+    return found
 
 
 def coarse_of(space: Space) -> dict[str, int]:

@@ -235,6 +235,7 @@ def test_a_missing_merged_model_is_one_error_with_its_line(paths: Path, run: Run
     line = file.read_text().splitlines().index("merged: nowhere") + 1
     code, _, err = run("check", "study.yaml")
     assert code == 3 and f"study.yaml:{line}: merged: no checkpoint folder at nowhere" in err
+    assert "1 problem with files of study.yaml" in err and "`evomerge export STUDY.yaml nowhere`" in err
 
 
 @pytest.mark.parametrize("role", ["merged", "expert"])
@@ -248,6 +249,7 @@ def test_layers_of_another_hidden_size_are_refused_by_name(paths: Path, run: Run
     label = "merged" if role == "merged" else "blue"
     assert (code, out) == (2, "")
     assert f"{label}: config.json: hidden_size is 64, but 32 in the base" in err and "study.yaml:" in err
+    assert err.count("has shape") == 1 and "more)" in err, "one line per model, not per tensor"
     assert not Path("runs").exists()
 
 
@@ -258,6 +260,35 @@ def test_wrong_keys_of_the_space_come_at_once_each_at_its_line(paths: Path) -> N
     for key, said in (("sources", "'green'"), ("scales", "cannot be 0"), ("longest", "9"), ("matrix", "indicators")):
         line = next(i for i, text in enumerate(lines, start=1) if text.startswith(f"  {key}:"))
         assert any(p.startswith(f"study.yaml:{line}: {key}: ") and said in p for p in found), (key, found)
+    numbers = [int(p.split(":")[1]) for p in found]
+    assert numbers == sorted(numbers), "in the file's order"
+
+
+def test_a_shipped_space_that_is_misspelt_is_guessed(paths: Path) -> None:
+    (found,) = problems(space="path_edit")
+    assert "no search space 'path_edit' (did you mean path_edits?)" in found
+
+
+def test_each_wrong_option_of_the_optimizer_is_named(paths: Path) -> None:
+    found = problems(optimizer={"name": "evolution", "population": 1, "crossover": 2})
+    assert [p.split(": ")[0] for p in found] == ["optimizer.population", "optimizer.crossover"]
+
+
+def test_doubts_of_a_study_of_layer_orders(paths: Path) -> None:
+    depth = {"name": "depth", "kind": "size", "count": "layers"}
+    edits = {"path": "edits", "scales": "off", "edits": 1, "block": 1}
+
+    def said(**changes: Any) -> str:
+        return "\n".join(map(str, prepared(space=edits, objectives=[depth], **changes).warnings))
+
+    assert "the shortest one has 3 layers" in said(constraints=["depth <= 2"])
+    assert "shortest" not in said(constraints=["depth <= 3"])
+    assert "nsga2 is not made for layer orders" in said(optimizer="nsga2")
+    for name in ("evolution", "catcma", "random"):
+        assert "made for" not in said(optimizer=name)
+    known = len(prepared(space=edits, objectives=[depth]).known)
+    assert f"{known} of the {2 * known} evaluations are known recipes" in said(budget={"evaluations": 2 * known})
+    assert "known recipes" not in said(budget={"evaluations": 2 * known + 1})
 
 
 def test_a_merged_model_that_is_an_expert_is_refused_at_its_own_line(paths: Path) -> None:

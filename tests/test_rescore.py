@@ -9,6 +9,7 @@ import pytest
 
 from evomerge.objectives import Scores
 from evomerge.rescore import (
+    FEW,
     baselines,
     best_known,
     broken_limits,
@@ -86,7 +87,7 @@ def test_if_nothing_is_feasible_the_nearest_is_named_with_what_it_misses() -> No
     said = none_feasible(study, candidates)
     assert said is not None
     assert "no candidate of 5 meets the constraints; candidate 3 comes nearest: down is 9.0000, 2.0000 short of" in said
-    assert "`down <= 7`" in said and "Relax the constraint" in said
+    assert "`down <= 7`" in said and "relax the constraint" in said
     assert weights_of(study, candidates) == pytest.approx([0.5 / 0.5, -0.5 / 6.0])  # ranges over everybody
 
 
@@ -111,6 +112,32 @@ def test_an_objective_that_never_changes_is_remarked_on() -> None:
         "objective flat was 0.5000 for all 3 candidates: it chose nothing; give it more items or leave it out"
     ]
     assert remarks(study, study.candidates()[:1]) == []  # one candidate shows nothing
+
+
+def test_a_count_is_remarked_on_only_once_the_search_has_proposed_something() -> None:
+    """Known recipes of one base are all as deep as that: this says nothing of the space."""
+
+    def depth(value: float) -> list[Scores]:
+        return [right(100 + int(value)), Scores(value, 0.0, np.zeros(1))]
+
+    ups = {"acc": True, "depth": False}
+    known = study_of([[right(90), *depth(4.0)[1:]], depth(4.0)], objectives=ups, labels={0: "base", 1: "red"})
+    assert remarks(known, known.candidates()) == []
+    same = study_of([[right(90), *depth(4.0)[1:]], depth(4.0)], objectives=ups, labels={0: "base"})
+    assert [r.split(" for all")[0] for r in remarks(same, same.candidates())] == ["objective depth was 4.0000"]
+    candidates = same.candidates()
+    stopped = replace(candidates[1], number=2, state="stopped", values=None, estimate=(0.1, 3.0), fingerprint="x")
+    assert remarks(same, [*candidates, stopped]) == [], "depths of stopped ones are known too"
+
+
+def test_with_few_searched_candidates_nothing_is_said_of_the_space() -> None:
+    labels = {0: "base", 1: "red"}
+    made = {n: study_of([right(90 + i) for i in range(n)], labels=labels, identity={"constraints": ["acc >= 0.9"]})
+            for n in (2, 3, 4, 2 + FEW)}  # fmt: skip
+    said = {n: none_feasible(study, study.candidates()) or "" for n, study in made.items()}
+    assert "No searched candidate ran" in said[2] and "Only 1 searched candidate ran" in said[3]
+    assert "Only 2 searched candidates ran beside the known recipes: raise the budget" in said[4]
+    assert "widen the space" in said[2 + FEW] and not any("widen" in said[n] for n in (2, 3, 4))
 
 
 def test_a_limit_without_its_reference_is_remarked_on() -> None:
