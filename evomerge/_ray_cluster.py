@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from evomerge.worker import WorkerSpec
 
 REACH_S = 5.0  # how long a head's port may take to answer; Ray itself tries for two minutes, and then exits
+GREET_S = 20.0  # ... and how long the head may take to say that it speaks HTTP/2, as gRPC does, on a busy machine
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, section 3.4: a client's first bytes, then its settings
+SETTINGS = 4  # the type of that frame, in byte 3 of a frame's 9 bytes of header
 STEPS = 10_000  # Ray counts shares of a GPU in this many parts
 
 
@@ -54,7 +57,7 @@ def need_of(spec: WorkerSpec, nodes: Sequence[Mapping[str, float]], per_gpu: flo
 
 
 def require_reachable(address: str) -> None:
-    """Raise EnvironmentProblem if nothing answers at a cluster's address.
+    """Raise EnvironmentProblem if nothing answers at a cluster's address, or something that cannot be Ray's head.
 
     "auto" is what RAY_ADDRESS says, or else the cluster that was started last on this machine.
     """
@@ -69,12 +72,33 @@ def require_reachable(address: str) -> None:
     if not colon or not port.isdecimal():
         return  # Ray's own words for an address that is none will do
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S) as connection:
+            greeted = _greets(connection)
     except (OSError, OverflowError) as error:
         raise EnvironmentProblem(
             f"cannot reach Ray at {address}: {error}",
             hint="is the head node up (`ray start --head`), and is this the address that it printed?",
         ) from None
+    if not greeted:
+        raise EnvironmentProblem(
+            f"something answers at {address}, but not as the head of a Ray cluster",
+            hint="is this the address that `ray start --head` printed? its port is 6379 if none was given",
+        )
+
+
+def _greets(connection: socket.socket) -> bool:
+    """Whether the other side answers a client of HTTP/2: Ray itself would wait minutes for one that does not."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return True  # it waits for a handshake first
+    connection.settimeout(GREET_S)
+    header = b""
+    try:
+        connection.sendall(PREFACE + bytes((0, 0, 0, SETTINGS, 0, 0, 0, 0, 0)))
+        while len(header) < 9 and (more := connection.recv(9 - len(header))):
+            header += more
+    except OSError:  # it hung up, or said nothing
+        return False
+    return len(header) == 9 and header[3] == SETTINGS
 
 
 def _latest() -> str:
@@ -98,5 +122,5 @@ def explain(address: str, error: BaseException) -> EnvironmentProblem:
         hint = "start one with `ray start --head`, or leave out `address:` for Ray on this machine alone"
         return EnvironmentProblem("no Ray cluster is running that this machine knows of", hint)
     if isinstance(error, SystemExit):
-        text = "something answers there, but not as the head of a Ray cluster"
+        text = "its head did not come up in time" if address == "local" else "what answers there is no head that works"
     return EnvironmentProblem(f"cannot start Ray {where}: {text[:500]}", "does `ray status` work from here?")

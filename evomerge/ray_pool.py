@@ -409,7 +409,13 @@ def _connect(address: str | None, cpus: int) -> tuple[Any, bool]:
         require_reachable(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", **options)
+        try:
+            ray.init(address=address or "local", **options)
+        except SystemExit:
+            if address is not None:
+                raise
+            ray.shutdown()  # on a busy machine Ray gives up on a head of its own that is slow to start
+            ray.init(address="local", **options)
     except (Exception, SystemExit) as error:  # whatever it is: Ray raises everything from OSError to SystemExit
         ray.shutdown()
         raise explain(address or "local", error) from error

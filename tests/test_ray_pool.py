@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from evomerge import ray_pool
+from evomerge import _ray_cluster, ray_pool
 from evomerge._ray_cluster import Need, explain, need_of, require_reachable
 from evomerge.errors import EnvironmentProblem
 from evomerge.pool import MAX_KILLS, MAX_LOSSES, MAX_STARTS, Deaths
+from evomerge.study import Study
 from evomerge.worker import Failed
+from tests.path_studies import STUDY, make_family, write_study
 from tests.ray_workers import Answer, LightPool, Spec, Task
 
 ROOT = Path(__file__).parent.parent
@@ -234,9 +237,7 @@ def test_kills_and_losses_are_counted_apart() -> None:
 def test_addresses_at_which_nothing_answers_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        require_reachable(f"127.0.0.1:{port}")
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        require_reachable("auto")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     started = time.monotonic()
     for address in (f"127.0.0.1:{port}", "auto", "no-such-host.invalid:6379", "127.0.0.1:99999"):
         with pytest.raises(EnvironmentProblem, match=r"cannot reach Ray at .*\n.*is the head node up"):
@@ -246,11 +247,42 @@ def test_addresses_at_which_nothing_answers_are_refused_at_once(monkeypatch: pyt
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.parametrize("answer", [None, b"", b"220 mail ESMTP", b"\0\0\0\x04"])
+def test_a_server_that_is_not_ray_is_refused_before_ray_waits_for_it(
+    answer: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ray_cluster, "GREET_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            if answer is not None:
+                connection.recv(100)
+                connection.sendall(answer)
+                connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        if answer is not None:
+            thread.start()
+        with pytest.raises(EnvironmentProblem, match="not as the head of a Ray cluster"):
+            require_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        require_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_the_head_of_a_cluster_is_reachable(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_reachable(cluster.address)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    require_reachable("auto")
+
+
 def test_refusals_in_words() -> None:
     assert "another version" in explain("h:1", RuntimeError("Version mismatch: 2.1 and 2.2")).message
     assert "token" in explain("h:1", RuntimeError("Unauthenticated: InvalidAuthToken")).message
     assert "ray start --head" in explain("auto", ConnectionError("Could not find any running Ray instance.")).hint
-    assert "not as the head" in explain("h:1", SystemExit(15)).message
+    assert "no head that works" in explain("h:1", SystemExit(15)).message
+    assert "did not come up in time" in explain("local", SystemExit(15)).message
     assert explain("h:1", ValueError("Invalid address\n format: h")).message.endswith("Invalid address format: h")
 
 
@@ -282,11 +314,18 @@ def test_another_version_of_ray_is_refused_in_one_message(cluster: Cluster) -> N
     assert "hint: install the same Ray" in said
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a short path: the names of Ray's sockets, which lie in it, have 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
 @pytest.mark.slow
-def test_a_wrong_token_is_refused_in_one_message(tmp_path: Path) -> None:
+def test_a_wrong_token_is_refused_in_one_message(tmp_path: Path, short: Path) -> None:
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "HOME": str(tmp_path)}
     head = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=1", "--include-dashboard=false"]
-    head += [f"--temp-dir={tmp_path}", "--port=0", "--block", f"--object-store-memory={STORE}", "--disable-usage-stats"]
+    head += [f"--temp-dir={short}", "--port=0", "--block", f"--object-store-memory={STORE}", "--disable-usage-stats"]
     process = subprocess.Popen(head, env={**os.environ, **auth}, stdout=subprocess.PIPE, text=True)
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
@@ -305,7 +344,16 @@ def test_a_wrong_token_is_refused_in_one_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_not_ray_is_refused_in_one_message() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        said = connect(f"127.0.0.1:{server.getsockname()[1]}")
-    assert said.startswith("3 cannot start Ray at") and "not as the head of a Ray cluster" in said
+def test_a_layer_order_study_measures_its_models_and_searches_with_ray_on_this_machine(
+    tmp_path: Path, evomerge: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Two pools in one process, each with a cluster of its own: one for the moments, one for the search."""
+    make_family(tmp_path)
+    text = next(o for o in STUDY["objectives"] if o["name"] == "text")
+    write_study(tmp_path, workers={"ray": 1, "threads": 1}, objectives=[text], budget={"evaluations": 8})
+    done = evomerge("search", "study.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = Study.load(f"sqlite:///{tmp_path}/runs/tiny/ledger.db", "tiny")
+    states = [c.state for c in found.candidates()]
+    assert len(states) == 8 and states.count("done") >= 4, done.stderr
+    assert any(c.attrs.get("worker") for c in found.candidates())
