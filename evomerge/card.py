@@ -184,15 +184,27 @@ def _tests(gained: Report) -> str:
 
 def _layers(recipe: Recipe) -> str:
     """A path in one line: which layers of which model stand where; nothing for other recipes."""
-    sources = [source for piece in recipe.slices for source in piece.sources]
-    spans = [(s.model, s.layers) for s in sources if s.layers is not None]
-    if recipe.method != "passthrough" or len(spans) < len(sources):
+    said = path_line(recipe, {})
+    if not said:
         return ""
-    said = ", ".join(f"{model} {a}" if b - a == 1 else f"{model} {a}-{b - 1}" for model, (a, b) in spans)
+    sources = [source for piece in recipe.slices for source in piece.sources]
+    spans = [source.layers for source in sources if source.layers is not None]
     scaled = any(name in ("scale", "shift") for s in sources for name, _ in s.parameters)
     fold = " Where the path scales the hidden state, the factors are folded into the weights." if scaled else ""
-    total = sum(b - a for _, (a, b) in spans)
+    total = sum(b - a for a, b in spans)
     return f"A path of {total} layers: {said}.{fold} The checkpoint is a plain one, and needs no code.\n\n"
+
+
+def path_line(recipe: Recipe, names: Mapping[str, str]) -> str:
+    """ "latin 0, cipher 1-2, latin 3": which layers stand where; "" for recipes that are no path.
+
+    `names` are short names of models by their paths.
+    """
+    sources = [source for piece in recipe.slices for source in piece.sources]
+    spans = [(names.get(s.model, s.model), s.layers) for s in sources if s.layers is not None]
+    if recipe.method != "passthrough" or len(spans) < len(sources):
+        return ""
+    return ", ".join(f"{model} {a}" if b - a == 1 else f"{model} {a}-{b - 1}" for model, (a, b) in spans)
 
 
 def _licences(paths: Mapping[str, Any]) -> str:

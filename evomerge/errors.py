@@ -8,6 +8,7 @@
     │   └── StorageError          3   the study's database cannot be used
     ├── StudyConflict             4   the study on disk is not the one that was asked for
     ├── TooManyFailures           5   too many candidates failed for the search to make sense
+    ├── Interrupted             130   a person stopped it before there was anything to continue
     └── CandidateFailure          1   one candidate is infeasible: recorded, the search goes on
         └── NonFinite             1   ... because of a NaN or an infinity
 
@@ -101,6 +102,12 @@ class TooManyFailures(EvomergeError):
     """So many candidates failed that going on would waste the machine."""
 
     exit_code = 5
+
+
+class Interrupted(EvomergeError):
+    """Somebody pressed Ctrl-C before there was anything to continue."""
+
+    exit_code = 130  # what shells give for SIGINT
 
 
 class CandidateFailure(EvomergeError):

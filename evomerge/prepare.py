@@ -17,7 +17,7 @@ import numpy as np
 
 from evomerge.config import BASE, StudyConfig
 from evomerge.constraints import Constraint, floors, read_constraints
-from evomerge.errors import ConfigError, EnvironmentProblem, Problem, StorageError, StudyConflict
+from evomerge.errors import ConfigError, EnvironmentProblem, Interrupted, Problem, StorageError, StudyConflict
 from evomerge.family import Change, check_family, measure, suspicious, unrelated
 from evomerge.feasible import drops_at_random, infeasible_share
 from evomerge.fidelity import share_text
@@ -187,6 +187,7 @@ def open_study(
     Raises:
         StudyConflict: it exists with other settings, or exists (does not exist) against `resume`.
         EnvironmentProblem: a model of a new study cannot be measured; there is no study then.
+        Interrupted: somebody stopped the measurement; neither is there a study.
     """
     config = prepared.config
     exists = Study.exists(config.storage, config.name)
@@ -216,9 +217,12 @@ def _moments(prepared: Prepared, inline: bool, on_note: Callable[[str], None]) -
     def start_pool(spec: WorkerSpec) -> Pool:
         return make_pool(spec, inline=inline, **workers.pool_options(1))
 
-    return measure_moments(
-        prepared.worker, space.sources, Checkpoint(prepared.config.base).n_layers, start_pool, on_note
-    )
+    n_layers = Checkpoint(prepared.config.base).n_layers
+    try:
+        return measure_moments(prepared.worker, space.sources, n_layers, start_pool, on_note)
+    except KeyboardInterrupt:
+        said = "stopped while the hidden states were measured; nothing is stored yet"
+        raise Interrupted(said, "run the same command again") from None
 
 
 def worker_spec(config: StudyConfig, threads: int = 0) -> WorkerSpec:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.card import model_card
+from evomerge.card import model_card, path_line
 from evomerge.commands import say
 from evomerge.errors import ConfigError
 from evomerge.export import export as write_export
@@ -34,6 +34,8 @@ from evomerge.rescore import (
 )
 from evomerge.selection import winner
 from evomerge.study import Candidate, Study
+
+LINE = 60  # characters of a path in a table, at most unless two models' names are longer
 
 
 def front_rows(
@@ -63,7 +65,8 @@ def front_rows(
             say(f"candidate {best.number} on test: " + ", ".join(f"{n} {interval(s)}" for n, s in found.items()))
     _say_remarks(study, candidates)
     shares = memberships(study, candidates)
-    rows = [_row(c, scores[c.number], shares[c.fingerprint]) for c in chosen]
+    lines = {c.number: _path(study, c) for c in chosen}
+    rows = [_row(c, scores[c.number], shares[c.fingerprint], lines[c.number]) for c in chosen]
     if everything:
         able = {c.fingerprint for c in feasible(study, candidates)}
         for c, row in zip(chosen, rows, strict=True):
@@ -77,17 +80,37 @@ def front_rows(
     if len({row["method"] for row in rows}) < 2:
         for row in rows:
             del row["method"]  # a column of one word
+    if not any(row["path"] for row in rows):
+        for row in rows:
+            del row["path"]  # no layer orders here
     approximate = {n for row in rows for n, v in row.items() if isinstance(v, Interval) and v.method == "normal"}
     if approximate:
         say(f"intervals of {', '.join(sorted(approximate))} are value +- 1.96 standard errors")
     return rows
 
 
-def _row(c: Candidate, scores: Mapping[str, Scores], share: float) -> dict[str, Any]:
+def _row(c: Candidate, scores: Mapping[str, Scores], share: float, path: str) -> dict[str, Any]:
     label = c.label or c.attrs.get("source") or ""
-    row: dict[str, Any] = {"candidate": c.number, "label": label, "method": c.recipe.method}
+    row: dict[str, Any] = {"candidate": c.number, "label": label, "method": c.recipe.method, "path": path}
     row |= {name: interval(score) for name, score in scores.items()}
     return row | {"membership": round(share, 4), "recipe": c.fingerprint[:12]}
+
+
+def _path(study: Study, c: Candidate) -> str:
+    """The layers of a path in one line with the models' short names, the middle of a long one left out; else ""."""
+    identity = study.header.identity
+    named = {"base": identity.get("base", ""), **identity.get("experts", {}), "merged": identity.get("merged", "")}
+    said = path_line(c.recipe, {path: name for name, path in named.items()})
+    if len(said) <= LINE:
+        return said
+    parts = said.split(", ")
+    first, last = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+    while len(first) + len(last) > 2 and len(", ".join([*first, "...", *last])) > LINE:
+        if len(first) > len(last):
+            first.pop()
+        else:
+            last.pop(0)
+    return ", ".join([*first, "...", *last])
 
 
 def _estimates(study: Study, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -95,6 +118,7 @@ def _estimates(study: Study, candidates: Sequence[Candidate]) -> list[dict[str, 
     rows = []
     for c in could_be_on_front(study, candidates):
         row: dict[str, Any] = {"candidate": c.number, "label": c.label or "", "method": c.recipe.method}
+        row["path"] = _path(study, c)
         for name, value, error in zip(study.header.objectives, c.estimate or (), c.estimate_stderr or (), strict=True):
             row[name] = Interval(value, value - Z95 * error, value + Z95 * error, "normal")
         rows.append(row | {"membership": None, "recipe": c.fingerprint[:12], "state": f"estimate: {c.stopped}"})

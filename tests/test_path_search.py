@@ -26,11 +26,11 @@ from evomerge.moments import whole_model
 from evomerge.prepare import Prepared, prepare
 from evomerge.recipe import Recipe, Slice, Source
 from evomerge.selection import complexity, finalists, posterior_merits
-from evomerge.study import Candidate, Study
+from evomerge.study import Candidate, Header, Study
 from evomerge.weights import Weights
 from tests.conftest import study_rows
 from tests.path_studies import make_family, write_study
-from tests.small_studies import right, study_of
+from tests.small_studies import empty_study, right, study_of
 from tests.test_layer_path import IDS, N, make
 
 URL = "sqlite:///runs/tiny/ledger.db"
@@ -186,6 +186,37 @@ def test_a_merged_model_that_changed_is_noticed(paths: Path, run: Run) -> None:
     for command in (("front", "runs/tiny", "--split", "test", "--inline"), ("search", "study.yaml", "--inline")):
         code, _, err = run(*command)
         assert code in (3, 4) and "merged" in err, err
+
+
+def test_a_search_that_is_stopped_while_it_measures_stores_nothing(
+    paths: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_study(paths, space=ENCODINGS["choices"])
+    monkeypatch.setattr("evomerge.moments._moments", stopped)  # as Ctrl-C does, between two models
+    code, _, err = run("search", "study.yaml", "--inline")
+    assert code == 130 and "nothing is stored yet\n  hint: run the same command again" in err and "Traceback" not in err
+    assert not list(Path("runs").rglob("*.db")) or not Study.exists(URL, "tiny")
+
+
+def test_the_front_shows_paths_in_one_line() -> None:
+    from evomerge.results import LINE, _path
+
+    paths = {"red": "m/red", "blue": "m/blue"}
+    study = empty_study(Header({"base": "m/base", "experts": paths}, {"acc": True}))
+
+    def path(*spans: tuple[str, int, int]) -> str:
+        slices = tuple(Slice((Source(f"m/{name}", (a, b)),)) for name, a, b in spans)
+        number = study.propose(Recipe("passthrough", slices, "m/base"), None, {})
+        return _path(study, study.candidate(number))
+
+    assert path(("red", 0, 1), ("blue", 1, 3), ("base", 3, 4)) == "red 0, blue 1-2, base 3"
+    long = path(*[(("red", "blue")[d % 2], d, d + 1) for d in range(40)])
+    assert len(long) <= LINE and long.startswith("red 0, blue 1, ") and long.endswith(", blue 39") and "..." in long
+    plain = study.propose(Recipe.build("linear", None, {"m/red": {}, "m/blue": {}}), None, {})
+    assert _path(study, study.candidate(plain)) == ""
 
 
 # -------------------------------------------------------------------- what check says
