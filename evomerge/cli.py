@@ -96,13 +96,27 @@ def check(
     emit_one(prepared.summary, fmt)
 
 
-@app.command(epilog=_examples("evomerge search zoo/demo.yaml", "evomerge search study.yaml -o workers=4 --resume must"))
+@app.command(
+    epilog=_examples(
+        "evomerge search zoo/demo.yaml",
+        "evomerge search study.yaml -o workers=4 --resume must",
+        "evomerge search study.yaml --hours 9",
+        "evomerge search study.yaml --join",
+    )
+)
 def search(
     study: StudyArg,
     override: Overrides = None,
     storage: Storage = None,
     study_name: StudyName = None,
     resume: Annotated[str, typer.Option(help="auto, must (only continue) or never (only start).")] = "auto",
+    join: Annotated[bool, typer.Option("--join", help="Search beside other processes that search the study.")] = False,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Time for this run; no candidate starts that would take longer. budget: counts all."
+        ),
+    ] = None,
     ray_address: RayAddress = None,
     inline: Inline = False,
     quiet: Verbose = False,
@@ -127,16 +141,34 @@ def search(
         quiet=quiet,
         allow_task_code=allow_task_code,
         allow_benchmark_tests=allow_benchmark_tests,
+        join=join,
+        hours=hours,
     )
     raise typer.Exit(code)
 
 
-@app.command(epilog=_examples("evomerge status runs/demo", "evomerge status study.yaml -f json"))
-def status(study: Where, storage: Storage = None, study_name: StudyName = None, fmt: Fmt = Format.table) -> None:
-    """How far a study is; safe while it runs."""
-    from evomerge.commands import status_of
+@app.command(
+    epilog=_examples(
+        "evomerge status runs/demo", "evomerge status study.yaml -f json", "evomerge status study.yaml --watch"
+    )
+)
+def status(
+    study: Where,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show how running searches go, every few seconds, until Ctrl-C.")
+    ] = False,
+    storage: Storage = None,
+    study_name: StudyName = None,
+    fmt: Fmt = Format.table,
+) -> None:
+    """How far a study is; safe while it runs, and from any machine that reaches the database."""
+    from evomerge.status import status_of, watch_study
 
-    emit_one(status_of(open_record(study, storage, study_name)), fmt)
+    record = open_record(study, storage, study_name)
+    if watch:
+        watch_study(record, lambda shown: emit_one(shown, fmt))
+    else:
+        emit_one(status_of(record), fmt)
 
 
 @app.command(

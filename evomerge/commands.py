@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,12 +22,11 @@ from evomerge.catalogue import (
     rows_text,
 )
 from evomerge.config import load_study_file, read_text, shipped_file, shipped_names
-from evomerge.errors import ConfigError, Problem, StorageError
+from evomerge.errors import ConfigError, Problem, StorageError, StudyConflict
 from evomerge.export import check_recipe_models, merged_dtype
 from evomerge.export import merge as write_merge
-from evomerge.fidelity import share_text
-from evomerge.gains import report
-from evomerge.intervals import Spread, interval
+from evomerge.history import event_of
+from evomerge.intervals import interval
 from evomerge.optimizers import Describes, Optimizer
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
@@ -36,15 +34,19 @@ from evomerge.prepare import open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.racing import Race
 from evomerge.recipe import Recipe
-from evomerge.rescore import feasible, front_of, none_feasible, remarks
-from evomerge.residency import show_bytes
+from evomerge.rescore import front_of, none_feasible, remarks
 from evomerge.rungs import choose_rungs
-from evomerge.search import Budget, Event, Search
-from evomerge.selection import stored_winner
+from evomerge.search import Budget, Search
+from evomerge.status import Teller, status_of
 from evomerge.storage import connect, hide_passwords, mask, sqlite_file
 from evomerge.strict_yaml import Document, load_yaml
-from evomerge.study import Candidate, Study, study_names
+from evomerge.study import Study, study_names
 from evomerge.worker import Failed, Job, Worker
+
+__all__ = [
+    "KINDS", "catalogue", "copy_shipped", "evaluate", "find_study", "list_methods", "merge", "read_recipe",
+    "run_search", "say", "show_method", "status_of",
+]  # fmt: skip
 
 KINDS = ("methods", "optimizers", "objectives", "spaces")
 
@@ -58,8 +60,15 @@ def run_search(
     quiet: bool,
     allow_task_code: bool,
     allow_benchmark_tests: bool = False,
+    join: bool = False,
+    hours: float | None = None,
 ) -> int:
-    """Check, open or make the study, search, and return the exit code."""
+    """Check, open or make the study, search, and return the exit code.
+
+    Args:
+        join: search beside other processes that search it.
+        hours: of this run alone; the study file's budget counts all runs.
+    """
     config = load_study_file(
         path, overrides, allow_task_code=allow_task_code, allow_benchmark_tests=allow_benchmark_tests
     )
@@ -70,11 +79,15 @@ def run_search(
         _warn(warning)
     study, existed = open_study(prepared, resume, inline=inline, on_note=lambda note: say(f"note: {note}"))
     study.transactions.on_note = lambda note: say(f"note: {note}")
-    study.acquire()
-    hours = config.budget.hours
-    budget = Budget(config.budget.evaluations, hours * 3600 if hours else None)
-    done = [_as_event(c) for c in study.candidates() if c.state != "running"]
-    say(f"{'continuing' if existed else 'starting'} {config.name} ({len(done)} candidates done)")
+    study.acquire(join=join)
+    total_hours = config.budget.hours
+    budget = Budget(
+        config.budget.evaluations,
+        total_hours * 3600 if total_hours else None,
+        hours * 3600 if hours is not None else None,
+    )
+    ended = sum(n for state, n in study.counts().items() if state != "running")
+    say(f"{'continuing' if existed else 'starting'} {config.name} ({ended} candidates done)")
     if inline:
         say("--inline: candidates run in this process; a crash in one ends the search (it can be continued)")
     command = _resume_command(
@@ -83,13 +96,16 @@ def run_search(
         inline=inline,
         allow_task_code=allow_task_code,
         allow_benchmark_tests=allow_benchmark_tests,
+        join=join,
+        hours=hours,
     )
     stop = threading.Event()
     try:
         with (
             _stop_on_signals(stop, command) as received,
-            Progress(study.header.objectives, budget, done, len(prepared.known), quiet, prepared.floors) as progress,
+            Progress(study.header.objectives, budget, [], len(prepared.known), quiet, prepared.floors) as progress,
         ):
+            teller = Teller(study, progress)
             optimizer = prepared.make_optimizer(study.header)
             ending = Search(
                 study=study,
@@ -103,20 +119,31 @@ def run_search(
                 ),
                 budget=budget,
                 known=prepared.known,
+                on_begin=lambda ended: progress.begin(event_of(c, c.attrs.get("elapsed_s", 0.0)) for c in ended),
                 on_event=progress.event,
+                on_turn=teller.turn,
                 on_note=lambda note: say(f"note: {note}"),
                 stop=stop,
                 floors=prepared.floors,
             ).run()
     except StorageError as error:
         raise StorageError(error.message, hint=f"what was recorded is safe; continue with: {command}") from error
-    study.release()
+    finally:
+        _release(study)
     _say_end(study, optimizer, ending.why)
     if ending.stopped:
         say(f"continue with: {command}")
         return 128 + (received[0] if received else signal.SIGINT)
     say(f"next: evomerge front {shlex.quote(path)} --split test")
     return 0
+
+
+def _release(study: Study) -> None:
+    """Give the study back, whatever happened; where that is impossible it is found to be free later."""
+    try:
+        study.release()
+    except (StorageError, StudyConflict) as error:
+        say(f"note: the study was not given back: {error.message}")
 
 
 def _say_end(study: Study, optimizer: Optimizer, why: str) -> None:
@@ -128,92 +155,6 @@ def _say_end(study: Study, optimizer: Optimizer, why: str) -> None:
     if isinstance(optimizer, Describes):
         say(optimizer.describe())
     say(f"ended: {why}")
-
-
-def status_of(study: Study) -> dict[str, Any]:
-    """Counts, best scores and the share of failures by reason."""
-    candidates = study.candidates()
-    states = Counter(c.state for c in candidates)
-    reasons = Counter(c.reason for c in candidates if c.state == "failed")
-    able = {c.fingerprint for c in feasible(study, candidates)}
-    scored = [c for c in candidates if c.values is not None]
-    done = [c for c in scored if c.fingerprint in able] or scored
-    status: dict[str, Any] = {
-        "study": study.name,
-        "candidates": len(candidates),
-        **{state: states.get(state, 0) for state in ("done", "stopped", "running", "failed")},
-        "front": len(front_of(study, candidates)),
-    }
-    limits = study.header.identity.get("constraints")
-    if limits:
-        kept = sum(c.fingerprint in able for c in scored)
-        status["constraints"] = f"{'; '.join(limits)}: {kept} of {len(scored)} candidates meet them"
-    status["duplicates"] = sum("same_as" in c.attrs for c in candidates)
-    stops = Counter(share_text(c.attrs["share"]) for c in candidates if c.state == "stopped")
-    for share, count in sorted(stops.items()):
-        status[f"stopped at {share}"] = count
-    rules = Counter(c.attrs.get("stop_rule") for c in candidates if c.state == "stopped")
-    for rule in ("infeasible", "hopeless"):
-        if rules[rule]:
-            status[rule] = f"{rules[rule]} of those that were stopped"
-    for reason, count in reasons.items():
-        status[f"failed: {reason}"] = count
-    for name, apart in (candidates[0].attrs.get("spreads", {}) if candidates else {}).items():
-        status[f"not deterministic: {name}"] = str(Spread(**apart))
-    for index, (name, up) in enumerate(study.header.objectives.items()):
-        if done:
-            best = (max if up else min)(done, key=lambda c: c.values[index] if c.values else 0.0)
-            assert best.values is not None
-            status[f"best {name}"] = f"{best.values[index]:.4f} (#{best.number})"
-    if done:
-        times = [c.attrs["t_merge_s"] + c.attrs["t_eval_s"] for c in done if "t_merge_s" in c.attrs]
-        status["median seconds per candidate"] = round(sorted(times)[len(times) // 2], 3) if times else None
-        latest = {c.attrs["worker"]: c.attrs["tables"] for c in done if c.attrs.get("tables")}
-        if latest:
-            status["tables"] = _tables(list(latest.values()))
-            shared = [report for report in latest.values() if "prefix_saved" in report]
-            if shared:
-                saved = sum(r["prefix_saved"] * r["prefix_passes"] for r in shared)
-                share = saved / max(1.0, sum(r["prefix_passes"] for r in shared))
-                status["shared first layers"] = f"{share:.0%} of the layers not computed again"
-    for number, remark in enumerate(remarks(study, candidates), start=1):
-        status[f"note {number}"] = remark
-    gains = _gains(study, candidates)
-    first = {"verdict": gains.pop("verdict")} if "verdict" in gains else {}
-    return first | status | gains
-
-
-def _gains(study: Study, candidates: list[Candidate]) -> dict[str, Any]:
-    """What the search added, the winner, and how much of its gain survived, as far as the stored scores say.
-
-    The verdict comes first. Nothing is scored.
-    """
-    found = stored_winner(study, candidates)
-    if found is None:
-        none = none_feasible(study, candidates)
-        if none:
-            return {"verdict": none}
-        waiting = "not known: finalists have no validation scores (`evomerge front --split test` makes them)"
-        return {"winner": waiting} if any(c.state == "done" for c in candidates) else {}
-    chosen, how = found
-    gained = report(study, candidates, chosen)
-    said: dict[str, Any] = {}
-    if gained is not None and gained.verdict is not None:
-        said["verdict"] = gained.verdict
-    said["winner"] = f"#{chosen.number}, {how}"
-    if gained is not None and not gained.is_baseline:
-        said["best known recipe on search"] = gained.named_baseline
-        said |= {f"gain, {row.name}": str(row) for row in gained.rows}
-        said |= {f"test against {t.baseline.label}, {t.name}": str(t) for t in gained.tests}
-    return said
-
-
-def _tables(reports: list[dict[str, float]]) -> str:
-    """What the workers' tables hold and cost, as of each worker's latest candidate."""
-    fullest = max(reports, key=lambda report: report["bytes"])
-    seconds, dropped = sum(r["seconds"] for r in reports), sum(r["dropped"] for r in reports)
-    held, budget = show_bytes(fullest["bytes"]), show_bytes(fullest["budget_bytes"])
-    return f"{held} of {budget} in the fullest worker; {seconds:.1f} s to make, {dropped:.0f} given up, all workers"
 
 
 def evaluate(
@@ -374,14 +315,17 @@ def _resume_command(
     *,
     inline: bool,
     allow_task_code: bool,
-    allow_benchmark_tests: bool = False,
+    allow_benchmark_tests: bool,
+    join: bool,
+    hours: float | None,
 ) -> str:
     """The command that continues, as a shell takes it; passwords in it are masked."""
     words = ["evomerge", "search", path]
     for override in overrides:
         words += ["-o", hide_passwords(override)]
     words += ["--inline"] * inline + ["--allow-task-code"] * allow_task_code
-    words += ["--allow-benchmark-tests"] * allow_benchmark_tests
+    words += ["--allow-benchmark-tests"] * allow_benchmark_tests + ["--join"] * join
+    words += [] if hours is None else ["--hours", f"{hours:g}"]
     return shlex.join(words)
 
 
@@ -393,11 +337,6 @@ def _shipped_row(kind: str, folder: str, name: str) -> dict[str, str]:
     data = load_yaml(path.read_text(encoding="utf-8"), str(path)).data
     summary = str(data.get("description", "")).strip().splitlines()
     return {"kind": kind, "name": name, "summary": summary[0] if summary else "", "source": str(path)}
-
-
-def _as_event(c: Candidate) -> Event:
-    elapsed = float(c.attrs.get("elapsed_s", 0.0))
-    return Event(c.number, c.label, c.values, c.stderr, c.reason, c.attrs.get("same_as"), elapsed, c.stopped)
 
 
 @contextmanager

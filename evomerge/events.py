@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop asking: candidates in the study, or seconds of searching; None is no limit."""
+    """When to stop asking: candidates in the study, or seconds of searching; None is no limit.
+
+    Attributes:
+        seconds: of all runs of the study together.
+        run_seconds: of this run alone.
+    """
 
     evaluations: int | None = None
     seconds: float | None = None
+    run_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from evomerge.estimator import ItemMatrix
+from evomerge.events import Event
 from evomerge.fidelity import Schedule
 from evomerge.limits import Terms
 from evomerge.objectives import Scores
@@ -171,6 +172,21 @@ class History:
             flat = items[:, 0] / items[:, 1] if items.ndim == 2 else items
             found.append(flat if up else -flat)
         return found
+
+
+def event_of(candidate: Candidate, elapsed_s: float) -> Event:
+    """What people are told of an ended candidate."""
+    return Event(
+        number=candidate.number,
+        label=candidate.label,
+        values=candidate.values,
+        stderr=candidate.stderr,
+        reason=candidate.reason,
+        same_as=candidate.attrs.get("same_as"),
+        elapsed_s=elapsed_s,
+        stopped=candidate.stopped,
+        source=candidate.source,
+    )
 
 
 def oriented(values: ArrayLike, maximize: Sequence[bool]) -> np.ndarray:

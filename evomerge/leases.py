@@ -190,7 +190,7 @@ class Lease:
             first = min(living, key=lambda c: c.fence)
             raise StudyConflict(
                 f"the study {self._name!r} is being searched by {first.said(now - first.beat)}",
-                hint="wait for it, or stop it",
+                hint="wait for it, stop it, or search beside it with --join",
             )
         if doubtful:
             return None, [], doubtful

@@ -331,15 +331,17 @@ class Study:
 
     def running(self) -> list[Candidate]:
         """The candidates that have not ended; `owner` says whose they are (see `lease.fence`)."""
-        _, running = self.transactions.run(lambda s: ended_numbers(s, self._id, [], 0))
+        _, running = self.transactions.run(lambda s: ended_numbers(s, self._id, self._open, self._seen))
         return self._candidates(running)
 
     def ended_since(self, arrival: int) -> list[Candidate]:
         """Candidates that ended as the `arrival`-th or later, whoever ran them, in the order of their ends.
 
         Arrivals are given under a lock that is held until the commit: nothing can come in before what was returned.
-        A study remembers which candidates it has seen ended: later calls look at the others alone.
+        A study remembers which candidates it has seen ended: later calls look at the others alone. 0 begins anew.
         """
+        if arrival == 0:
+            self._seen, self._open = 0, []
         ended, running = self.transactions.run(lambda s: ended_numbers(s, self._id, self._open, self._seen))
         found = sorted(self._candidates(ended), key=lambda c: c.arrival or 0)
         fresh = [c for c in found if c.arrival is not None and c.arrival >= arrival]

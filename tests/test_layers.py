@@ -19,10 +19,10 @@ LAYERS = (
     {"weights", "family", "residency", "model", "layer_path", "prefix", "scoring", "decoding", "objectives", "storage",
      "storage_url", "leases", "spool", "study", "_study_rows", "_study_reads", "_study_writes"},
     {"worker", "moments", "pool", "local_pool", "ray_pool", "_ray_cluster", "_ray_worker", "search", "history",
-     "events"},
+     "events", "company", "nights"},
     {"config", "worker_entries", "objective_entries", "evolve_file", "prepare", "rungs", "study_space", "summary",
      "rescore", "rounds", "selection", "picking", "proposing", "gains", "results", "export", "card", "catalogue",
-     "progress", "output", "commands", "cli", "__main__"},
+     "progress", "status", "output", "commands", "cli", "__main__"},
 )  # fmt: skip
 # Inside layer 2: search -> pool -> worker; history is read by search.
 ORDER = {"worker": 0, "pool": 1, "local_pool": 1, "ray_pool": 1, "_ray_cluster": 1, "_ray_worker": 1, "search": 2}
