@@ -25,6 +25,7 @@ def test_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("2/10 | #1: acc=0.4000 bits=2.0000 | best 0.5000 2.0000")
     assert "#2: failed (oom)" in lines[1]
+    assert "hv" not in lines[0] + lines[1], "nobody is above the worst of the known recipes in both"
     assert "best 0.8000 1.0000" in lines[2] and "4.0/min" in lines[2] and "0:01:30 left" in lines[2]
     # Reference: the worst of the known recipes, (0.4, 3.0); the new point dominates 0.4 x 2.
     assert re.search(r"hv 0\.8 ", lines[2])
