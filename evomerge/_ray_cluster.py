@@ -110,6 +110,8 @@ def _latest() -> str:
 def explain(address: str, error: BaseException) -> EnvironmentProblem:
     """Ray's refusal of a connection as one message with the way out."""
     text = " ".join(str(error).split())
+    if error.__cause__ is not None:  # Ray's last word is often no more than "failed to connect"
+        text += ": " + " ".join(str(error.__cause__).split())
     low = text.lower()
     where = "on this machine" if address == "local" else f"at {address}"
     if "version mismatch" in low:

@@ -280,6 +280,9 @@ def test_the_head_of_a_cluster_is_reachable(cluster: Cluster, monkeypatch: pytes
 def test_refusals_in_words() -> None:
     assert "another version" in explain("h:1", RuntimeError("Version mismatch: 2.1 and 2.2")).message
     assert "token" in explain("h:1", RuntimeError("Unauthenticated: InvalidAuthToken")).message
+    told = ConnectionError("Failed to connect to Ray cluster")
+    told.__cause__ = RuntimeError("Unauthenticated: InvalidAuthToken")
+    assert "token" in explain("h:1", told).message
     assert "ray start --head" in explain("auto", ConnectionError("Could not find any running Ray instance.")).hint
     assert "no head that works" in explain("h:1", SystemExit(15)).message
     assert "did not come up in time" in explain("local", SystemExit(15)).message
