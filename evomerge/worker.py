@@ -142,6 +142,7 @@ class Worker:
     """Weights, model and objectives in one process. A plain class; pools run it elsewhere."""
 
     def __init__(self, spec: WorkerSpec) -> None:
+        faults.point("opening")
         self.spec = spec
         if spec.threads:
             torch.set_num_threads(spec.threads)
@@ -174,7 +175,7 @@ class Worker:
         self._observe(job.splits)
         _reset_peak(self.live.device)
         started = time.perf_counter()
-        faults.point("merging")
+        faults.point("merging", job.number)
         self.live.install(job.recipe, self.weights)
         merged = time.perf_counter()
         with Observed(self.live) if job.moments else contextlib.nullcontext() as seen:
@@ -182,6 +183,7 @@ class Worker:
         scored = time.perf_counter()
         with self.live.prefixes.paused():
             again = score_again(self.objectives, self.live, scores["search"], job.race) if job.twice else {}
+        faults.point("reporting", job.number)
         return Outcome(
             number=job.number,
             scores=scores,

@@ -27,10 +27,16 @@ EXPERTS = ("red", "green", "blue")
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base, red, green, blue (random 2-layer Llamas), tasks and a study file."""
+    root = tmp_path_factory.mktemp("family")
+    make_family(root)
+    return root
+
+
+def make_family(root: Path) -> None:
+    """Write the family into a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    root = tmp_path_factory.mktemp("family")
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=32,
@@ -60,7 +66,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
             base = LlamaForCausalLM.from_pretrained(root / "base")
     write_tasks(root)
     (root / "study.yaml").write_text(STUDY)
-    return root
 
 
 STUDY = """\
