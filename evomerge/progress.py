@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -23,7 +25,7 @@ class Progress:
 
     Args:
         objectives: name -> whether larger is better.
-        done: candidates finished before this run (number, label, values or None).
+        done: candidates finished before this run; `begin` takes them too.
         known: how many candidates are the known recipes: they fix hypervolume's reference point.
         quiet: show nothing.
         floors: what constraints demand, as for `Search`; candidates that miss them are marked and not counted as good.
@@ -47,9 +49,16 @@ class Progress:
         self._labelled: dict[str, Sequence[float]] = {}
         self._floors = floors
         self._count = self._stopped = 0
-        self._rate: list[float] = []
+        self._reasons: Counter[str] = Counter()
+        self._front: tuple[np.ndarray, bool] | None = None  # non-dominated values; whether they keep the constraints
+        self._rate: deque[float] = deque(maxlen=20)
+        self._started = time.monotonic()
         self._quiet = quiet
         self._live: Live | None = None
+        self.begin(done)
+
+    def begin(self, done: Iterable[Event]) -> None:
+        """Candidates that were finished before this run."""
         for event in done:
             self._take(event)
 
@@ -82,13 +91,46 @@ class Progress:
         reference = front.reference_of(anchors) if anchors else None
         if reference is None:
             return None
-        return front.volume(self._feasible(), reference, samples=SAMPLES).value
+        return front.volume(self._best(), reference, samples=SAMPLES).value
 
-    def _feasible(self) -> np.ndarray:
-        """(N, M) values of the candidates that keep the constraints, larger is better; all while none does."""
-        values = np.array(list(self._values.values()))
-        kept = np.array([not self._misses(row) for row in values])
-        return values[kept] if kept.any() else values
+    def status(self, in_flight: int) -> str:
+        """One line on how the search goes, for people at other machines."""
+        parts = [f"{self._count} candidates"]
+        if self._values:
+            parts.append(f"{len(self._best())} on the front")
+        speed = self._per_minute()
+        if speed:
+            parts.append(f"{speed:.1f}/min")
+        parts.append(f"{in_flight} in flight")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self._reasons.most_common())
+        parts.append(f"{self._reasons.total()} failed" + (f" ({reasons})" if reasons else ""))
+        left = self._seconds_left(speed) if speed else None
+        if left is not None:
+            parts.append(time.strftime("ends at %Y-%m-%d %H:%M UTC", time.gmtime(time.time() + left)))
+        return ", ".join(parts)
+
+    def _best(self) -> np.ndarray:
+        """(N, M) the non-dominated values of the candidates that keep the constraints; of all while none does."""
+        if self._front is None:
+            values = np.array(list(self._values.values()))
+            floors = self._floors(self._labelled)
+            kept = np.ones(len(values), dtype=bool) if floors is None else front.at_least(values, floors)
+            if kept.any():
+                values = values[kept]
+            self._front = values[front.non_dominated(values)], bool(kept.any())
+        return self._front[0]
+
+    def _add(self, values: np.ndarray) -> None:
+        """Bring the front up to date: a study may have very many candidates, and few on it."""
+        if self._front is None:
+            return
+        held, kept = self._front
+        misses = self._misses(values)
+        if not kept and not misses:
+            self._front = values[None], True
+        elif kept != misses and not (held >= values).all(axis=1).any():
+            beaten = (values >= held).all(axis=1)
+            self._front = np.concatenate([held[~beaten], values[None]]), kept
 
     def _misses(self, values: np.ndarray) -> bool:
         return violation(values, self._floors(self._labelled)) > 0.0
@@ -97,9 +139,13 @@ class Progress:
         self._count += 1
         self._stopped += event.stopped is not None
         if event.values is not None:
-            self._values[event.number] = oriented(event.values, self._ups)
+            values = self._values[event.number] = oriented(event.values, self._ups)
             if event.label is not None:
                 self._labelled[event.label] = event.values
+                self._front = None  # constraints may depend on it
+            self._add(values)
+        elif event.reason is not None:
+            self._reasons[event.reason] += 1
 
     def _line(self, event: Event | None) -> str:
         parts = [f"{self._count}/{self._budget.evaluations or '-'}"]
@@ -118,7 +164,7 @@ class Progress:
         if self._stopped:
             parts.append(f"{self._stopped} stopped")
         if self._values:
-            best = np.max(self._feasible(), axis=0) * np.where(self._ups, 1.0, -1.0)
+            best = np.max(self._best(), axis=0) * np.where(self._ups, 1.0, -1.0)
             parts.append("best " + " ".join(f"{v:.4f}" for v in best))
         volume = self.hypervolume()
         if volume:  # none above the known recipes says nothing
@@ -132,7 +178,7 @@ class Progress:
         return " | ".join(parts)
 
     def _per_minute(self) -> float:
-        recent = self._rate[-20:]
+        recent = self._rate
         if len(recent) < 2 or recent[-1] <= recent[0]:
             return 0.0
         return 60.0 * (len(recent) - 1) / (recent[-1] - recent[0])
@@ -143,6 +189,8 @@ class Progress:
             limits.append(max(0, self._budget.evaluations - self._count) / per_minute * 60)
         if self._budget.seconds is not None:
             limits.append(max(0.0, self._budget.seconds - self._rate[-1]))
+        if self._budget.run_seconds is not None:
+            limits.append(max(0.0, self._budget.run_seconds - (time.monotonic() - self._started)))
         return min(limits) if limits else None
 
 
