@@ -26,6 +26,12 @@ def test_non_dominated_equals_brute_force_duplicates_included(values: np.ndarray
     assert np.array_equal(front.non_dominated(values), brute_mask(values))
 
 
+@settings(max_examples=150, deadline=None)
+@given(arrays(np.float64, (9, 2), elements=st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1.0, np.inf, np.nan])))
+def test_non_dominated_pairs_equal_brute_force_infinities_included(values: np.ndarray) -> None:
+    assert np.array_equal(front.non_dominated(values), brute_mask(values) & ~np.isnan(values).any(axis=1))
+
+
 def test_rows_with_nan_are_never_on_the_front_and_dominate_nothing() -> None:
     values = [[np.nan, 9.0], [1.0, 1.0], [0.0, np.nan], [1.0, 1.0], [0.0, 1.0]]
     assert front.non_dominated(values).tolist() == [False, True, False, True, False]
