@@ -8,16 +8,23 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from evomerge import front
+from evomerge._study_reads import count_reasons, done_values
 from evomerge.errors import StorageError
 from evomerge.fidelity import share_text
 from evomerge.gains import report
 from evomerge.intervals import Spread
 from evomerge.progress import Progress
-from evomerge.rescore import feasible, front_of, none_feasible, remarks
+from evomerge.rescore import feasible, floors_of, front_of, none_feasible, remarks
 from evomerge.residency import show_bytes
+from evomerge.search import oriented
 from evomerge.selection import stored_winner
 from evomerge.study import Candidate, Study
 
+MANY = 5_000  # candidates: beyond, the status does not read them one by one
+KNOWN = 256  # known recipes, on which constraints depend, are among so many first candidates
 WATCH_S = 5.0  # between two glances
 TELL_S = 60.0  # between two status lines in the database
 
@@ -72,8 +79,37 @@ def watch_study(study: Study, show: Callable[[dict[str, Any]], None], every_s: f
         return
 
 
+def brief(study: Study, counts: dict[str, int]) -> dict[str, Any]:
+    """The status of a study of very many candidates, from their values alone: what has to know them all is left out.
+
+    The front's size is that of its distinct points.
+    """
+    numbers, own = study.look(done_values)
+    status: dict[str, Any] = {"study": study.name, "candidates": sum(counts.values()), **counts}
+    if len(numbers):
+        ups = list(study.header.objectives.values())
+        values = oriented(own, ups)
+        able = front.at_least(values, floors_of(study, study.candidates(range(KNOWN))))
+        kept = np.flatnonzero(able)
+        points = values[kept][front.non_dominated(values[kept])] if len(kept) else values[kept]
+        status["front"] = len(np.unique(points, axis=0))
+        limits = study.header.identity.get("constraints")
+        if limits:
+            status["constraints"] = f"{'; '.join(limits)}: {len(kept)} of {len(numbers)} candidates meet them"
+        among = kept if len(kept) else np.arange(len(numbers))
+        for j, name in enumerate(study.header.objectives):
+            best = among[np.argmax(values[among, j])]
+            status[f"best {name}"] = f"{own[best, j]:.4f} (#{numbers[best]})"
+    status |= {f"failed: {reason}": count for reason, count in study.look(count_reasons).items()}
+    status["winner"] = f"not looked for among more than {MANY} candidates: `evomerge front` does"
+    return status | searches(study)
+
+
 def status_of(study: Study) -> dict[str, Any]:
-    """Counts, best scores and the share of failures by reason."""
+    """Counts, best scores and the share of failures by reason; less of it for a study of very many candidates."""
+    counts = study.counts()
+    if sum(counts.values()) > MANY:
+        return brief(study, counts)
     candidates = study.candidates()
     states = Counter(c.state for c in candidates)
     reasons = Counter(c.reason for c in candidates if c.state == "failed")

@@ -314,13 +314,17 @@ class Study:
 
     # ---------------------------------------------------------------- reading
 
-    def candidates(self) -> list[Candidate]:
-        """All candidates in the order of their numbers."""
-        return self._candidates(None)
+    def candidates(self, numbers: Sequence[int] | None = None) -> list[Candidate]:
+        """All candidates, or those of these numbers, in the order of their numbers."""
+        return self._candidates(numbers)
 
     def counts(self) -> dict[str, int]:
         """How many candidates are done, stopped, failed and running; no candidate is read."""
-        return self.transactions.run(lambda session: count_states(session, self._id))
+        return self.look(count_states)
+
+    def look(self, reader: Callable[[Any, int], T]) -> T:
+        """What a function of `_study_reads` finds in this study: it is given a session and the study's id."""
+        return self.transactions.run(lambda session: reader(session, self._id))
 
     def candidate(self, number: int) -> Candidate:
         """One candidate, as it is in the database."""
@@ -350,10 +354,8 @@ class Study:
         return fresh
 
     def _candidates(self, numbers: Sequence[int] | None) -> list[Candidate]:
-        names = list(self.header.objectives)
-        return self.transactions.run(
-            lambda session: list(read_candidates(session, self._id, names, self._recipe_text, numbers))
-        )
+        names, text = list(self.header.objectives), self._recipe_text
+        return self.look(lambda session, own: list(read_candidates(session, own, names, text, numbers)))
 
     def _recipe_text(self, number: int) -> str:
         return self.transactions.run(lambda session: recipe_text(session, self._id, number))
