@@ -182,7 +182,7 @@ def for_real(workers: int, args: argparse.Namespace, folder: str) -> dict[str, A
         f"workers={{local: {workers}, threads: 1}}",
         f"budget.evaluations={evaluations}",
         "optimizer=random",
-        "fidelity={rungs: false, epochs: false}",
+        "fidelity=off",
     )
     options = {"resume": "never", "inline": False, "quiet": True, "allow_task_code": True}
     run_search(str(ROOT / "zoo" / "demo.yaml"), overrides, **options)

@@ -61,6 +61,7 @@ def require_reachable(address: str) -> None:
 
     "auto" is what RAY_ADDRESS says, or else the cluster that was started last on this machine.
     """
+    _require_token_file()
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _latest()
     if address.startswith("ray://"):
@@ -83,6 +84,24 @@ def require_reachable(address: str) -> None:
         raise EnvironmentProblem(
             f"something answers at {address}, but not as the head of a Ray cluster",
             hint="is this the address that `ray start --head` printed? its port is 6379 if none was given",
+        )
+
+
+def _require_token_file() -> None:
+    """Raise EnvironmentProblem for a token file that is not there: Ray would abort this process over it."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN") or not path:
+        return
+    try:
+        empty = not Path(path).expanduser().read_text().strip()
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"RAY_AUTH_TOKEN_PATH is {path}, which cannot be read: {error}",
+            hint="copy the cluster's token there, or leave the variable out: Ray then reads ~/.ray/auth_token",
+        ) from None
+    if empty:
+        raise EnvironmentProblem(
+            f"RAY_AUTH_TOKEN_PATH is {path}, which is empty", hint="copy the cluster's token there"
         )
 
 

@@ -271,6 +271,19 @@ def test_a_server_that_is_not_ray_is_refused_before_ray_waits_for_it(
         require_reachable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("\n", "an empty file")])
+def test_a_token_file_that_is_missing_or_empty_is_refused(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "token").write_text(content)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(EnvironmentProblem, match=said):
+        require_reachable("127.0.0.1:1")
+
+
 def test_the_head_of_a_cluster_is_reachable(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     require_reachable(cluster.address)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
