@@ -271,7 +271,7 @@ def test_a_server_that_is_not_ray_is_refused_before_ray_waits_for_it(
         require_reachable(f"127.0.0.1:{server.getsockname()[1]}")
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("\n", "an empty file")])
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("\n", "is empty")])
 def test_a_token_file_that_is_missing_or_empty_is_refused(
     content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
