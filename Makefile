@@ -9,7 +9,7 @@ MERGEKIT_VENV := .venv-mergekit
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-slow test-postgres test-gpu lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity bench-overhead bench-search bench-paths clean
+.PHONY: help install demo test test-slow test-postgres test-gpu test-faults lint docs zoo check-large bench-setup bench-merge bench-scoring bench-fidelity bench-overhead bench-search bench-paths clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -28,13 +28,16 @@ demo: $(STAMP)  ## search the demo zoo, then print the front with its test score
 	$(BIN)/evomerge status $(DEMO)
 
 test: $(STAMP) lint  ## the tests that must pass everywhere (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not faults" tests
 
 test-slow: $(STAMP)  ## the long proofs
 	$(BIN)/python -m pytest -m slow tests
 
 test-postgres: $(STAMP)  ## against a PostgreSQL server: EVOMERGE_TEST_POSTGRES=postgresql+psycopg://user@host/db
 	$(BIN)/python -m pytest -m postgres tests
+
+test-faults: $(STAMP)  ## every fault test, long ones and both databases included
+	$(BIN)/python -m pytest -n 2 --dist load tests/faults tests/test_leases.py tests/test_spool.py tests/test_pool.py tests/test_ray_pool.py
 
 test-gpu: $(STAMP)  ## on a machine with CUDA
 	$(BIN)/python -m pytest -m gpu tests
