@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from evomerge import _study_writes, storage
+from evomerge import _study_writes, leases, storage
 from evomerge.study import Study
 from tests.conftest import study_rows
 from tests.databases import BOTH, database
-from tests.faults.invariants import Run, check_invariants
+from tests.faults.invariants import MARK, Run, check_invariants
 from tests.faults.searches import FORK, Tiny, ended
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,6 +76,37 @@ def wait_for(done: Any, what: str) -> None:
 def check(tiny: Tiny, **more: Any) -> list[Any]:
     run = Run(tiny.acknowledged(), budget=tiny.evaluations, overrides=tiny.overrides, **more)
     return check_invariants(tiny.url, tiny.name, run)
+
+
+# -------------------------------------------------------------------- rows 1 to 3: workers
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        ("sqlite", "{local: 2, threads: 1, timeout_s: 15}"),
+    ],
+)
+def test_workers_that_die_at_each_stage_hang_or_meet_poison(
+    work: Path, kind: str, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One search: workers die while opening, merging, scoring and reporting; one candidate is poison, one hangs."""
+    monkeypatch.setenv(MARK, str(work))
+    fault = (
+        f"opening:1@{work}/once0,merging:#2@{work}/once1,scoring:2@{work}/once2,reporting:#4@{work}/once3,"
+        "merging:#6,merging:#7=hang"
+    )
+    with database(kind, work) as (url, name):
+        tiny = Tiny(url, name, 10, (f"workers={pool}",))
+        started = time.monotonic()
+        assert tiny.run(fault, inline=False) == 0, Path("log.txt").read_text()
+        took_s = time.monotonic() - started
+        found = check(tiny, mark=str(work), replay="parallel", took_s=took_s, limit_s=280, rescore=[0])
+        assert all((work / f"once{i}").exists() for i in range(4)), "every fault has struck"
+        states = {c.number: (c.state, c.reason) for c in found}
+        assert states[6] == ("failed", "poison") and states[7] == ("failed", "timeout")
+        assert {states[n] for n in states if n not in (6, 7)} == {("done", None)}
+        assert sorted(tiny.acknowledged()) == list(range(10))
 
 
 # -------------------------------------------------------------------- row 4: the controller at every ledger call
@@ -154,6 +185,29 @@ def test_a_second_search_of_one_study_ends_with_4_and_names_the_first(tiny: Tiny
     holder.join()
     assert tiny.run() == 0
     check(tiny)
+
+
+def test_a_search_that_was_stopped_for_too_long_loses_the_study_to_the_next(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP within a candidate, another search takes over and ends, SIGCONT: the late outcome is refused."""
+    for name, value in (("BEAT_S", 0.1), ("LEASE_S", 2.0), ("WATCH_S", 1.5)):
+        monkeypatch.setattr(leases, name, value)
+    expected = without_faults(tiny)
+    # Its heart is silent: stopped inside a heartbeat it would hold the lock of SQLite, and nobody could take over.
+    silent = lambda: setattr(leases, "BEAT_S", 600.0)  # noqa: E731
+    first = tiny.start("finishing:4=stop", log="first.txt", prelude=silent)
+    os.waitpid(first, os.WUNTRACED)
+    time.sleep(2 * leases.LEASE_S)
+    assert tiny.run(log="second.txt") == 0, Path("second.txt").read_text()
+    check(tiny, expected=expected)
+    os.kill(first, signal.SIGCONT)
+    assert ended(first) == 4
+    assert "by another process" in Path("first.txt").read_text()
+    for path in tiny_spool(tiny):  # the refused outcome: the next who takes up the study drops it
+        assert path.suffix == ".json"
+    assert tiny.run() == 0
+    check(tiny, expected=expected)
 
 
 def tiny_spool(tiny: Tiny) -> list[Path]:
