@@ -315,9 +315,9 @@ def _resume_command(
     *,
     inline: bool,
     allow_task_code: bool,
-    allow_benchmark_tests: bool,
-    join: bool,
-    hours: float | None,
+    allow_benchmark_tests: bool = False,
+    join: bool = False,
+    hours: float | None = None,
 ) -> str:
     """The command that continues, as a shell takes it; passwords in it are masked."""
     words = ["evomerge", "search", path]
