@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,6 @@ def model_card(
     paths |= {"merged": identity["merged"]} if "merged" in identity else {}
     hashes = "\n".join(f"| {n} | `{paths[n]}` | `{digests[n][:16]}` |" for n in paths)
     versions = ", ".join(f"{k} {v}" for k, v in study.header.versions.items())
-    note = "".join(f"\n- {line}" for line in lost)
-    if why := no_mergekit_form(recipe):
-        mergekit = f"There is no form of it for mergekit: {why}."
-    elif lost:
-        mergekit = f"`mergekit_config.yml` is the nearest recipe in mergekit's form; it cannot express:{note}"
-    else:
-        mergekit = "`mergekit_config.yml` is the same recipe in mergekit's form."
     method: Method = registry.get("methods", recipe.method)
     compatible = "- mergekit-compatible\n" if method.mergekit and not no_mergekit_form(recipe) else ""
     return f"""---
@@ -80,7 +73,7 @@ influenced nothing, and was scored once for this candidate.
 ```
 
 `evomerge merge recipe.yaml OUT` writes the same bytes again, run in a folder where the parents lie at the paths
-that the recipe names (or with those paths changed). {mergekit}
+that the recipe names (or with those paths changed). {_mergekit(recipe, lost)}
 
 ## Parents
 
@@ -94,6 +87,16 @@ that the recipe names (or with those paths changed). {mergekit}
 
 Seed {study.header.identity["seed"]}; {versions}.
 """
+
+
+def _mergekit(recipe: Recipe, lost: Sequence[str]) -> str:
+    """What the recipe is in mergekit's form, if it has one."""
+    if why := no_mergekit_form(recipe):
+        return f"There is no form of it for mergekit: {why}."
+    if lost:
+        note = "".join(f"\n- {line}" for line in lost)
+        return f"`mergekit_config.yml` is the nearest recipe in mergekit's form; it cannot express:{note}"
+    return "`mergekit_config.yml` is the same recipe in mergekit's form."
 
 
 def _table(study: Study, scores: Mapping[str, Mapping[str, Scores]]) -> str:

@@ -21,7 +21,7 @@ from evomerge.catalogue import (
     parameter_rows,
     rows_text,
 )
-from evomerge.config import load_study_file, read_text, shipped_file, shipped_names
+from evomerge.config import StudyConfig, load_study_file, read_text, shipped_file, shipped_names
 from evomerge.errors import ConfigError, Problem, StorageError, StudyConflict
 from evomerge.export import check_recipe_models, merged_dtype
 from evomerge.export import merge as write_merge
@@ -73,19 +73,14 @@ def run_search(
         path, overrides, allow_task_code=allow_task_code, allow_benchmark_tests=allow_benchmark_tests
     )
     for note in config.notes:
-        say(f"note: {note}")
+        _note(note)
     prepared = prepare(config, overrides)
     for warning in prepared.warnings:
         _warn(warning)
-    study, existed = open_study(prepared, resume, inline=inline, on_note=lambda note: say(f"note: {note}"))
-    study.transactions.on_note = lambda note: say(f"note: {note}")
+    study, existed = open_study(prepared, resume, inline=inline, on_note=_note)
+    study.transactions.on_note = _note
     study.acquire(join=join)
-    total_hours = config.budget.hours
-    budget = Budget(
-        config.budget.evaluations,
-        total_hours * 3600 if total_hours else None,
-        hours * 3600 if hours is not None else None,
-    )
+    budget = _budget(config, hours)
     ended = sum(n for state, n in study.counts().items() if state != "running")
     say(f"{'continuing' if existed else 'starting'} {config.name} ({ended} candidates done)")
     if inline:
@@ -112,17 +107,14 @@ def run_search(
                 space=prepared.space_of(study.header),
                 optimizer=optimizer,
                 start_pool=lambda: make_pool(
-                    prepared.worker,
-                    inline=inline,
-                    on_note=lambda note: say(f"note: {note}"),
-                    **config.workers.pool_options(),
+                    prepared.worker, inline=inline, on_note=_note, **config.workers.pool_options()
                 ),
                 budget=budget,
                 known=prepared.known,
                 on_begin=lambda ended: progress.begin(event_of(c, c.attrs.get("elapsed_s", 0.0)) for c in ended),
                 on_event=progress.event,
                 on_turn=teller.turn,
-                on_note=lambda note: say(f"note: {note}"),
+                on_note=_note,
                 stop=stop,
                 floors=prepared.floors,
             ).run()
@@ -136,6 +128,18 @@ def run_search(
         return 128 + (received[0] if received else signal.SIGINT)
     say(f"next: evomerge front {shlex.quote(path)} --split test")
     return 0
+
+
+def _note(text: str) -> None:
+    say(f"note: {text}")
+
+
+def _budget(config: StudyConfig, run_hours: float | None) -> Budget:
+    """What the study file allows all runs, and the command line this one."""
+    hours = config.budget.hours
+    return Budget(
+        config.budget.evaluations, hours * 3600 if hours else None, None if run_hours is None else run_hours * 3600
+    )
 
 
 def _release(study: Study) -> None:
