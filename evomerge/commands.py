@@ -30,7 +30,7 @@ from evomerge.intervals import interval
 from evomerge.optimizers import Describes, Optimizer
 from evomerge.output import Format, emit, emit_one
 from evomerge.pool import evaluate_safely, make_pool
-from evomerge.prepare import open_study, prepare, worker_spec
+from evomerge.prepare import Prepared, open_study, prepare, worker_spec
 from evomerge.progress import Progress
 from evomerge.racing import Race
 from evomerge.recipe import Recipe
@@ -72,11 +72,7 @@ def run_search(
     config = load_study_file(
         path, overrides, allow_task_code=allow_task_code, allow_benchmark_tests=allow_benchmark_tests
     )
-    for note in config.notes:
-        _note(note)
-    prepared = prepare(config, overrides)
-    for warning in prepared.warnings:
-        _warn(warning)
+    prepared = _prepared(config, overrides)
     study, existed = open_study(prepared, resume, inline=inline, on_note=_note)
     study.transactions.on_note = _note
     study.acquire(join=join)
@@ -128,6 +124,16 @@ def run_search(
         return 128 + (received[0] if received else signal.SIGINT)
     say(f"next: evomerge front {shlex.quote(path)} --split test")
     return 0
+
+
+def _prepared(config: StudyConfig, overrides: tuple[str, ...]) -> Prepared:
+    """The checked study, and what is worth knowing of it said."""
+    for note in config.notes:
+        _note(note)
+    prepared = prepare(config, overrides)
+    for warning in prepared.warnings:
+        _warn(warning)
+    return prepared
 
 
 def _note(text: str) -> None:
